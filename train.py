@@ -11,6 +11,7 @@ import argparse, copy, fcntl, glob, json, os, sys, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -445,14 +446,11 @@ class Cell:
                 ahead = background.submit(self.fetch, todo[at_once: 2 * at_once]) if todo[at_once:] else None     # while this batch trains
                 try:
                     records = self.train(numbers, fetched)
-                except torch.cuda.OutOfMemoryError:
-                    records = []
-                if not records:
-                    if at_once == 1:
-                        raise UsageError("out of GPU memory with one episode at a time")
-                    at_once = at_once // 2
+                except torch.cuda.OutOfMemoryError as e:
+                    if len(numbers) == 1:
+                        raise UsageError("out of GPU memory with one episode at a time") from e
+                    at_once = len(numbers) // 2
                     print(f"\nout of GPU memory: {at_once} episodes at once from here on", file=sys.stderr)
-                    torch.cuda.empty_cache()
                     ahead = background.submit(self.fetch, todo[:at_once])
                     continue
                 elapsed = time.monotonic() - begun
@@ -469,15 +467,9 @@ class Cell:
 
 
 def progress(text: str, last: bool = False) -> None:
-    """A line that is written over on a terminal, and now and then repeated in a log."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="\n" if last else "", file=sys.stderr, flush=True)
-    elif last or time.monotonic() > progress.next:
-        progress.next = time.monotonic() + 10
-        print(text, file=sys.stderr, flush=True)
-
-
-progress.next = 0.0
+    """A line that is written over on a terminal, and one of many in a log."""
+    on_terminal = sys.stderr.isatty()
+    print(f"\r\x1b[K{text}" if on_terminal else text, end="" if on_terminal and not last else "\n", file=sys.stderr, flush=True)
 
 
 def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], context: int) -> Tensor:
@@ -728,8 +720,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.dataset or args.fit or args.predict):
         parser.error("give --dataset, --fit or --predict")
-    if args.fit and not args.save:
-        parser.error("--fit needs --save FILE")
+    if args.fit and (not args.save or len(args.method or [1]) > 1):
+        parser.error("--fit needs --save FILE, and one method")
     args.dataset = list(DATASETS) if args.dataset == ["all"] else args.dataset or []
     default = ["zero-shot", "atha"] if args.dataset == ["toy"] else ["atha"]
     args.method = list(TABLE) if args.method == ["all"] else args.method or default
@@ -771,7 +763,7 @@ def run(args: argparse.Namespace) -> int:
                     paper = paper_figure(method, shot, dataset)
                     print(f"{dataset} {args.way}-way {shot}-shot {method} ({args.recipe}): {mean:.2f} ± {interval:.2f} % over {len(accuracies)} episodes, "
                           f"{time.monotonic() - begun:.0f} s" + (f" (paper: {paper})" if paper and args.way == 5 else ""), flush=True)
-                    if args.probe or args.draw:
+                    if (args.probe or args.draw) and method != "zero-shot":
                         block = at_depth(cell.recipe.alpha_block, clip.config.vision_layers) if args.draw_block is None else args.draw_block
                         look(cell, Path(args.out) / f"{Path(dataset).name}-{shot}shot-{method}-{args.recipe}.probe.jsonl" if args.probe else None, args.draw, block)
     if first and len(cells) > 1:
@@ -790,11 +782,10 @@ def compile_works(device: torch.device) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a request that cannot be met, said in one line."""
-    args = None
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         if rank_and_size()[1] > 1:
-            torch.distributed.init_process_group("gloo")
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))      # only to wait: the parts never talk
         return run(args)
     except (UsageError, clip_min.WeightsError, DataError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
