@@ -12,7 +12,7 @@ adapter can wrap each. Source: Radford et al. 2021 and OpenAI's released weights
 """
 from __future__ import annotations
 
-import argparse, gzip, hashlib, html, http.client, json, os, re, sys, urllib.request
+import argparse, gzip, hashlib, html, http.client, json, os, re, sys, urllib.request, warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -286,7 +286,9 @@ def _read(path: Path, merges: str | Path | None) -> tuple[dict[str, Tensor], lis
     lines = None
     try:
         if file.open("rb").read(2) == b"PK":                             # a zip: OpenAI's TorchScript archive
-            weights = dict(torch.jit.load(file, map_location="cpu").state_dict())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)           # the format is old, but it is the one OpenAI's weights are in
+                weights = dict(torch.jit.load(file, map_location="cpu").state_dict())
         else:
             with safe_open(file, "pt") as f:
                 weights = {name: f.get_tensor(name) for name in f.keys()}
@@ -397,14 +399,13 @@ def download(url: str, target: Path, sha256: str) -> Path:
 
 def read_picture(path: str | Path, size: int) -> Tensor:
     """Picture -> (1, 3, size, size) normalised, by CLIP's own rule: shorter side to size (bicubic), centre crop."""
-    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.datasets.folder import pil_loader
     from torchvision.transforms.v2 import functional as TF
     try:
-        image = decode_image(str(path), ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as e:
-        raise WeightsError(f"cannot read the picture {path}: {str(e).splitlines()[0]}") from e
-    image = TF.center_crop(TF.resize(image, size, TF.InterpolationMode.BICUBIC, antialias=True), size)
-    return TF.normalize(TF.to_dtype(image, torch.float32, scale=True), MEAN, STD)[None]
+        image = TF.center_crop(TF.resize(pil_loader(str(path)), size, TF.InterpolationMode.BICUBIC), size)
+    except OSError as e:
+        raise WeightsError(f"cannot read the picture {path}: {e}") from e
+    return TF.normalize(TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True), MEAN, STD)[None]
 
 
 def main(argv: list[str] | None = None) -> None:

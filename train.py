@@ -364,7 +364,7 @@ def markdown(cells: dict[tuple[str, int, str], tuple[float, float]]) -> str:
             shown = {d: f"{mean:.2f} ± {interval:.2f}" for d, (mean, interval) in row.items()}
             shown["mean"] = f"{sum(mean for mean, _ in row.values()) / len(row):.2f}"
             paper = {d: paper_figure(method, shot, d) for d in columns}
-            lines.append(f"| {method} | " + " | ".join(shown[d] + (f" ({paper[d]})" if paper[d] else "") for d in columns) + " |")
+            lines.append(f"| {method} | " + " | ".join(shown.get(d, "") + (f" ({paper[d]})" if paper[d] else "") for d in columns) + " |")
     return "\n".join(lines)
 
 

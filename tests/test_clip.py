@@ -1,0 +1,139 @@
+"""CLIP, its tokenizer and its weights against OpenAI's own, recorded in tests/golden."""
+import json
+
+import pytest
+import torch
+from conftest import HERE, REPO, TOY_CLIP, command, from_environment, same
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.utils import save_image
+
+import clip_min
+from clip_min import CLIP, CLIPConfig, Tokenizer, WeightsError, convert, load
+
+GOLDEN = load_file(HERE / "golden" / "clip_openai_tiny.safetensors")
+OPENAI = {name[8:]: tensor for name, tensor in GOLDEN.items() if name.startswith("weights.")}
+
+
+def as_torchscript(target):
+    """OpenAI's weights as OpenAI ships them: a TorchScript archive, with three scalars beside the tensors."""
+    class Holder(nn.Module):
+        def forward(self, x):
+            return x
+    root = Holder()
+    for name, tensor in (OPENAI | {"input_resolution": torch.tensor(32), "context_length": torch.tensor(24)}).items():
+        module, *path = root, *name.split(".")
+        for part in path[:-1]:
+            if not hasattr(module, part):
+                module.add_module(part, Holder())
+            module = getattr(module, part)
+        module.register_buffer(path[-1], tensor)
+    torch.jit.script(root).save(str(target))
+
+
+def as_hugging_face(target):
+    """The same in Hugging Face's names, q, k and v apart, projections transposed."""
+    target.mkdir()
+    ours = clip_min._our_names(OPENAI)
+    other = {"conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm", "ln_final": "final_layer_norm",
+             "transformer.resblocks": "encoder.layers", ".attn.": ".self_attn.", ".ln_": ".layer_norm", "c_fc": "fc1", "c_proj": "fc2",
+             "positional_embedding": "embeddings.position_embedding.weight", "token_embedding": "embeddings.token_embedding",
+             "class_embedding": "embeddings.class_embedding"}
+    state = {"visual_projection.weight": ours.pop("visual.proj").T, "text_projection.weight": ours.pop("text_projection").T,
+             "logit_scale": ours.pop("logit_scale"), "text_model.embeddings.position_ids": torch.arange(24)[None]}
+    for name, tensor in ours.items():
+        new = name.removeprefix("visual.")
+        for a, b in other.items():
+            new = new.replace(a, b)
+        state[("vision_model." if name.startswith("visual.") else "text_model.") + new] = tensor
+    save_file({k: v.contiguous() for k, v in state.items()}, target / "model.safetensors")
+
+
+def source(kind, folder):
+    if kind == "torchscript":
+        as_torchscript(folder / "tiny.pt")
+        return folder / "tiny.pt"
+    if kind == "hugging-face":
+        as_hugging_face(folder / "tiny")
+        return folder / "tiny"
+    save_file(OPENAI, folder / "tiny.safetensors")
+    return folder / "tiny.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["torchscript", "hugging-face", "safetensors"])
+@pytest.mark.parametrize("converted", [False, True])
+def test_features_equal_openais_through_every_format(kind, converted, tmp_path):
+    path = source(kind, tmp_path)
+    if converted:
+        convert(path, tmp_path / "ours.safetensors")
+        path = tmp_path / "ours.safetensors"
+    clip, _ = load(path)
+    image, text = clip.encode_image(GOLDEN["images"]), clip.encode_text(GOLDEN["token_ids"])
+    same(image, GOLDEN["image_features"])
+    same(text, GOLDEN["text_features"])
+    unit = [x / x.norm(dim=-1, keepdim=True) for x in (image, text)]
+    same(clip.logit_scale.exp() * unit[0] @ unit[1].T, GOLDEN["logits_per_image"])
+    save_file(OPENAI, tmp_path / "plain.safetensors")
+    assert clip.fingerprint == load(tmp_path / "plain.safetensors")[0].fingerprint, "the same weights, the same fingerprint"
+
+
+@pytest.mark.parametrize("config", [CLIPConfig(), CLIPConfig(patch=32), CLIPConfig(768, 224, 14, 1024, 24, 768, 12)])
+def test_sizes_are_read_off_the_tensors(config):
+    with torch.device("meta"):
+        assert CLIPConfig.from_weights(CLIP(config).state_dict()) == config
+
+
+def test_rows_may_be_cut_after_the_longest_end_token(toy):
+    clip, tokenizer = toy
+    rows = tokenizer(["a ring.", "a photo of a star."], clip.config.context)
+    same(clip.encode_text(rows[:, : int(rows.argmax(-1).max()) + 1]), clip.encode_text(rows), 1e-6)
+
+
+def test_bfloat16_on_a_cpu_takes_another_road_to_the_same_features(toy):
+    low, _ = load(TOY_CLIP, dtype=torch.bfloat16)
+    images, rows = torch.randn(4, 3, 48, 48), toy[1](["a ring.", "a photo of a star."], 40)
+    assert torch.cosine_similarity(low.encode_image(images).float(), toy[0].encode_image(images)).min() > 0.999
+    assert torch.cosine_similarity(low.encode_text(rows).float(), toy[0].encode_text(rows)).min() > 0.999
+
+
+def test_hook_sees_the_tokens_before_every_block(toy):
+    seen = []
+    toy[0].visual(torch.randn(2, 3, 48, 48), lambda tokens, layer: seen.append((layer, tuple(tokens.shape))) or tokens)
+    assert seen == [(layer, (2, 37, 128)) for layer in range(4)]
+
+
+def test_tokens_equal_openais():
+    tokenizer = Tokenizer(from_environment("ATHA_MERGES", "OpenAI's bpe_simple_vocab_16e6.txt.gz"))
+    rows = json.loads((HERE / "golden" / "tokenizer.json").read_text())
+    assert [tokenizer.encode(row["text"]) for row in rows] == [row["ids"] for row in rows]
+    assert tokenizer(["hi"]).tolist() == [[49406, *tokenizer.encode("hi"), 49407] + [0] * (77 - 3)]
+
+
+def test_tokenizer_merges_by_rank_and_knows_number_signs():
+    tokenizer = Tokenizer(["l o", "lo w</w>", "o w</w>"])
+    assert [tokenizer.vocab[i] for i in tokenizer.encode("LOW  blow_²'s")] == ["low</w>", "b", "low</w>", "_</w>", *[
+        tokenizer.symbol[b] + end for b, end in zip("²".encode(), ("", "</w>"))], "'", "s</w>"]
+    assert tokenizer(["low " * 100]).argmax(-1).item() == 76, "a long text is cut, its end token kept"
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda w: w.pop("visual.ln_post.bias"), "visual.ln_post.bias is missing"),
+    (lambda w: w.pop("visual.conv1.weight"), "visual.conv1.weight is missing"),
+    (lambda w: w.update({"text_projection": torch.zeros(64, 7)}), r"text_projection has shape \(64, 7\), expected \(64, 48\)"),
+])
+def test_what_is_not_clip_is_named(change, message, tmp_path):
+    weights = dict(OPENAI)
+    change(weights)
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        load(tmp_path / "w.safetensors")
+
+
+def test_classify_and_convert_on_the_command_line(tmp_path):
+    save_image(torch.rand(3, 60, 90), tmp_path / "a.png")
+    said = command("classify", tmp_path / "a.png", "a ring", "a star", "--weights", TOY_CLIP, program="clip_min.py")
+    assert said.returncode == 0 and sorted(line.split("%")[1].strip() for line in said.stdout.splitlines()) == ["a ring", "a star"]
+    assert abs(sum(float(line.split("%")[0]) for line in said.stdout.splitlines()) - 100) < 0.02
+    said = command("convert", tmp_path / "none.pt", tmp_path / "b", program="clip_min.py")
+    assert said.returncode == 2 and said.stderr.startswith("clip_min.py: error: no weights at") and said.stderr.count("\n") == 1
+    assert (REPO / "clip_min.py").read_text().count("import atha") == 0

@@ -1,0 +1,187 @@
+"""The formulas of atha.py against golden vectors of the released code, naive twins, and cases whose value is known."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import HERE, same
+from safetensors.torch import load_file
+from torch import nn
+
+import atha
+from atha import (ATHA, LoRA, Probe, add_lora, atha_step, gap_shift, linear_cka, modality_gap, ra_loss, svl_loss, text_to_tokens,
+                  tir_step, tir_weights)
+
+VECTORS = load_file(HERE / "golden" / "methods.safetensors")
+
+
+def case(prefix):
+    return {name[len(prefix) + 1:]: tensor for name, tensor in VECTORS.items() if name.startswith(prefix + ".")}
+
+
+def layer_norm(weight, bias):
+    norm = nn.LayerNorm(len(weight))
+    norm.load_state_dict({"weight": weight, "bias": bias})
+    return norm.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------ golden vectors
+
+@pytest.mark.parametrize("k", range(4))
+def test_atha_golden(k):
+    c = case(f"atha.{k}")
+    same(atha_step(c["tokens"], c["text"], c["alpha"], c["beta"], c["ratio_head"].item(), c["ratio_tail"].item()), c["out"])
+
+
+@pytest.mark.parametrize("k", range(2))
+def test_tir_golden(k):
+    c = case(f"tir.{k}")
+    same(tir_step(c["tokens"], c["text"], layer_norm(c["ln_weight"], c["ln_bias"]), c["proj"], c["top_ratio"].item()), c["out"])
+
+
+@pytest.mark.parametrize("recipe", ["paper", "released"])
+def test_class_texts_to_token_space_golden(recipe):
+    c = case("prototypes")
+    same(text_to_tokens(c["text"], c["proj"], layer_norm(c["ln_weight"], c["ln_bias"]), recipe), c[recipe])
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_svl_and_ra_golden(stacked):
+    c = case("svl")
+    if stacked:                                                           # the same with an episode axis
+        c = {name: torch.stack([x, x]) for name, x in c.items()}
+    same(svl_loss(c["features"], c["labels"], c["shuffled_index"], 100), c["loss_ad"])
+    f, g, t = (F.normalize(c[name], dim=-1) for name in ("features", "plain_features", "text"))
+    relation = f @ g.mT
+    of_text = torch.stack([x[a][:, None] * x[b] for x, a, b in zip(t.view(-1, 5, 32), c["labels"].view(-1, 50), c["plain_labels"].view(-1, 10))]).sum(-1)
+    weight = c["fuse_weight"].view(-1)[0]
+    fused = weight * c["previous_relation"] + (1 - weight) * of_text.view_as(relation)
+    for recipe in ("paper", "released"):
+        same(ra_loss(relation, fused, recipe), c[f"loss_ra_{recipe}"])
+
+
+# ---------------------------------------------------------------------------------------------------- naive twins
+
+def naive_atha(tokens, texts, alpha, beta, rho, gamma):
+    out = tokens.clone()
+    for b in range(len(tokens)):
+        s = torch.stack([torch.stack([torch.cosine_similarity(v, t, dim=0) for t in texts[b]]) for v in tokens[b, 1:]])
+        order = s.max(1).values.argsort(descending=True).tolist()
+        for i in order[: math.floor(rho * len(order))]:
+            out[b, 1 + i] += alpha[b] * texts[b, s[i].argmax()]
+        for i in order[len(order) - math.floor(gamma * len(order)):]:
+            out[b, 1 + i] -= beta[b] * texts[b, s[i].argmin()]
+    return out
+
+
+def test_atha_step_of_many_episodes_equals_loops():
+    torch.manual_seed(0)
+    tokens, texts, alpha, beta = torch.randn(6, 21, 8), torch.randn(3, 4, 8), torch.randn(3), torch.randn(3)
+    each = [x.repeat_interleave(2, 0) for x in (texts, alpha, beta)]
+    same(atha_step(tokens, texts, alpha, beta, 0.3, 0.2), naive_atha(tokens, *each, 0.3, 0.2))
+
+
+def test_atha_gradients_reach_alpha_beta_and_texts():
+    torch.manual_seed(0)
+    texts, alpha, beta = (torch.randn(*s, requires_grad=True) for s in ((2, 4, 8), (2,), (2,)))
+    atha_step(torch.randn(4, 21, 8), texts, alpha, beta, 0.3, 0.2).square().sum().backward()
+    assert all(x.grad.abs().min() > 0 for x in (alpha, beta)) and texts.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("share, length, count", [(0.1, 196, 19), (0.3, 196, 58), (0.29, 100, 29), (0.1, 9, 0), (1.0, 7, 7)])
+def test_number_of_chosen_tokens_is_the_floor(share, length, count):
+    assert atha.count_of(share, length) == count
+
+
+@pytest.mark.parametrize("ways", [1, 2, 5, 9])
+def test_tir_weights_of_any_way(ways):
+    marks = torch.tril(torch.ones(ways + 1, ways), -1)[None]              # token i is marked by i classes
+    weights = tir_weights(marks)[0].tolist()
+    assert weights[0] == 1 and (ways == 1 or (weights[1] == 2 and weights[ways] == pytest.approx(0)))
+    if ways == 5:
+        assert weights == pytest.approx([1 - 0.5 * (s - 3) if s else 1 for s in range(6)])
+
+
+@pytest.mark.parametrize("inhibit, enhance, low, high", [(True, False, 0.5, 1), (False, True, 1, 2), (True, True, 0.5, 2)])
+def test_tir_inhibits_and_enhances_apart(inhibit, enhance, low, high):
+    torch.manual_seed(0)
+    tokens = torch.randn(4, 50, 16)
+    out = tir_step(tokens, torch.randn(5, 8), nn.LayerNorm(16), torch.randn(16, 8), 0.3, inhibit, enhance)
+    weights = (out / tokens)[..., 0]
+    assert weights[:, 0].eq(1).all(), "[CLS] is not touched"
+    assert weights.min().item() <= low + 1e-6 and weights.max().item() == pytest.approx(high)
+    assert inhibit or weights.min() > 1 - 1e-6
+
+
+def test_copied_cls_grows_the_sequence_and_stays_first():
+    module, tokens = ATHA(layers=2, alpha_block=0, copy_cls=True, rho=0.3), torch.randn(2, 17, 8)
+    out = module.between(torch.randn(5, 8))(tokens, 0).detach()
+    assert out.shape == (2, 18, 8) and torch.equal(out[:, 0], tokens[:, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------- LoRA
+
+def test_lora_starts_as_the_frozen_layer_exactly_and_is_scaled_by_the_root_of_the_rank():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(24, 12), torch.randn(6, 5, 24)
+    lora = LoRA(linear, rank=16, alpha=8, dropout=0, episodes=3)
+    assert lora.B.abs().max() == 0 and torch.equal(lora(x), linear(x)) and lora.scaling == 8 / math.sqrt(16)
+    assert lora.A.abs().max() <= 24 ** -0.5 and lora.A.std().item() == pytest.approx((1 / 3 / 24) ** 0.5, rel=0.1), "Kaiming uniform, a = sqrt(5)"
+    lora.B.data.normal_()
+    for i in range(6):
+        e = i // 2
+        same(lora(x)[i], linear(x[i]) + 2 * x[i] @ lora.A[e].T @ lora.B[e].T)
+    assert not linear.weight.requires_grad and lora.A.requires_grad
+
+
+@pytest.mark.parametrize("p", [0.25, 0.1])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = atha.dropout(torch.ones(1000, 1001), p, training=True)
+    assert (x == 0).float().mean().item() == pytest.approx(p, abs=3e-3) and x.max().item() == pytest.approx(1 / (1 - p))
+    assert atha.dropout(x, p, training=False) is x
+    rows = (x == 0).float() - p
+    assert (rows[:, :-1] * rows[:, 1:]).mean().abs() < 1e-3, "neighbours are independent"
+
+
+def test_add_lora_wraps_by_name_and_says_when_nothing_fits():
+    tower = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"q_proj": nn.Linear(4, 4), "o": nn.Linear(4, 4)}))
+    assert list(add_lora(tower)) == ["1.q_proj"] and not tower[0].weight.requires_grad
+    with pytest.raises(ValueError, match="no nn.Linear named qkv"):
+        add_lora(tower, targets=("qkv",))
+
+
+# ---------------------------------------------------------------------------------------------------- diagnostics
+
+def test_cka_of_identical_rotated_and_independent_features():
+    torch.manual_seed(0)
+    x = torch.randn(400, 8)
+    rotation = torch.linalg.qr(torch.randn(8, 8)).Q
+    assert linear_cka(x, x).item() == pytest.approx(1) and linear_cka(x, 3 * x @ rotation + 1).item() == pytest.approx(1)
+    assert linear_cka(x, torch.randn(400, 8)).item() < 0.05
+    assert linear_cka(torch.stack([x, x]), torch.stack([x, torch.randn(400, 8)])).shape == (2,)
+
+
+def test_modality_gap_and_gap_shift_of_made_sets():
+    text = torch.eye(4)
+    labels = torch.arange(4).repeat(10)
+    assert modality_gap(text[labels], text).item() == pytest.approx(0, abs=1e-6)
+    assert gap_shift(text[labels], text, labels, 10).item() == pytest.approx(0, abs=1e-6), "aligned: no shift helps"
+    assert modality_gap(torch.tensor([[1.0, 0]]), torch.tensor([[0, 1.0]])).item() == pytest.approx(2 ** 0.5)
+    away = torch.tensor([0, 0, 0, 0, 3.0])
+    image = F.normalize(F.pad(text, (0, 1)) + away, dim=-1)[labels]      # all pictures pushed the same way
+    gap = modality_gap(image, F.pad(text, (0, 1)))
+    assert gap > 0.5 and gap_shift(image, F.pad(text, (0, 1)), labels, 10) > 0.1, "closing the gap helps"
+
+
+def test_probe_counts_the_classes_that_mark_a_token():
+    tokens = torch.zeros(1, 11, 4)
+    tokens[0, 1:, :] = torch.eye(4)[[0, 0, 0, 1, 1, 1, 2, 2, 2, 2]]       # patches 0-2 lie on class 0, 3-5 on class 1, the rest on neither
+    tokens[0, 7:] *= 5
+    text = torch.tensor([[[1, 0, -1, 0], [0, 1, -1, 0.0]]])
+    probe = Probe(text, text, nn.Identity(), torch.eye(4), rho=0.3, gamma=0.4, top=0.3)
+    assert torch.equal(probe(tokens, 0), tokens), "it changes nothing"
+    assert probe.share[0].tolist() == pytest.approx([0.4, 0.6, 0.0]) and probe.norm[0][:2].tolist() == pytest.approx([5, 1])
+    assert probe.head[0].item() == pytest.approx(0.7071, abs=1e-3) and probe.tail[0].item() == pytest.approx(-0.7071, abs=1e-3)
+    head, tail = probe.masks[0]
+    assert tail[0].tolist() == [False] * 6 + [True] * 4 and head.sum() == 3

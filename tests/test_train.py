@@ -1,0 +1,302 @@
+"""The loop: batched equals alone, naive twins, recorded runs of the released code, the main job from end to end."""
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, TOY_CLIP, command, from_environment, same
+from safetensors.torch import load_file
+from torch.func import functional_call
+
+import clip_min
+import data
+import train
+from train import METHODS, RECIPES, Recipe, UsageError, adapt, recipe_for, switches
+
+QUIET = {"steps": 4, "dropout": 0.0}
+EVERY = [*METHODS, "atha+tir", "tir+svl"]
+
+
+def toy_episodes(count, shot=1, seed=1):
+    """Normalised support (E, 5 shot, 3, 48, 48), labels, queries (E, 20, ...) and class rows of toy episodes."""
+    pool = data.load("toy")
+    drawn = [pool.episode(n, shot=shot, query=4, seed=seed) for n in range(count)]
+    support, query = (data.plain(torch.stack([pool.images[d[i].flatten()] for d in drawn]), 48) for i in (1, 2))
+    names = [[pool.classes[c] for c in d[0]] for d in drawn]
+    return support, torch.arange(5).repeat_interleave(shot).expand(count, -1), query, names
+
+
+def rows_of(tokenizer, names):
+    return torch.stack([tokenizer([f"a photo of a {n}." for n in row], 40) for row in names])
+
+
+# ------------------------------------------------------------------------------------------- batched equals alone
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("name", ["paper", "released"])
+def test_batched_equals_alone(toy, method, name):
+    clip, tokenizer = toy
+    support, labels, query, names = toy_episodes(3)
+    ids, recipe = rows_of(tokenizer, names), replace(recipe_for(name, method), **QUIET)
+    together = adapt(clip, support, labels, ids, method, recipe, seeds=[5, 6, 7])
+    for e in range(3):
+        alone = adapt(clip, support[e:e + 1], labels[e:e + 1], ids[e:e + 1], method, recipe, seeds=[5 + e])
+        if method != "zero-shot":
+            same(together.losses[:, e], alone.losses[:, 0])
+            for key, learned in alone.learned().items():
+                assert (together.learned()[key][e] - learned[0]).abs().max() < 1e-5, key
+        assert torch.equal(together.logits(query)[e].argmax(-1), alone.logits(query[e:e + 1])[0].argmax(-1))
+
+
+def test_nothing_is_left_behind_in_the_host(toy):
+    clip, tokenizer = toy
+    before = {name: t.clone() for name, t in clip.state_dict().items()}
+    support, labels, query, names = toy_episodes(2)
+    first = adapt(clip, support, labels, rows_of(tokenizer, names), "atha+tir", replace(RECIPES["released-atha"], **QUIET))
+    logits = first.logits(query)
+    adapt(clip, support, labels, rows_of(tokenizer, names), "svl", replace(RECIPES["paper"], **QUIET))
+    assert torch.equal(first.logits(query), logits), "two results may live side by side"
+    assert list(before) == list(clip.state_dict()) and all(torch.equal(t, clip.state_dict()[n]) for n, t in before.items())
+
+
+@pytest.mark.parametrize("name", ["paper", "released"])
+def test_before_the_first_step_the_adapted_model_is_the_frozen_one(toy, name):
+    clip, tokenizer = toy
+    support, labels, query, names = toy_episodes(2)
+    ids, recipe = rows_of(tokenizer, names), replace(recipe_for(name, "clip-lora"), steps=1, lr=0.0, context_lr=0.0)
+    tuned, frozen = (adapt(clip, support, labels, ids, method, recipe) for method in ("clip-lora", "zero-shot"))
+    assert torch.equal(tuned.logits(query), frozen.logits(query))
+
+
+@pytest.mark.parametrize("method", ["clip-lora", "atha", "svl"])
+def test_chunks_give_the_full_batch(toy, method):
+    clip, tokenizer = toy
+    support, labels, query, names = toy_episodes(2, shot=3)
+    recipe = replace(recipe_for("released", method), **QUIET)
+    whole, parts = (adapt(clip, support, labels, rows_of(tokenizer, names), method, recipe, chunk=c) for c in (0, 4))
+    same(parts.losses, whole.losses)
+    same(parts.logits(query), whole.logits(query))
+
+
+# ------------------------------------------------------------------------ one episode written out, as plain as can be
+
+def naive_episode(clip, support, labels, ids, method, r, lora_A, picks, views):
+    """Losses of one episode with plain loops; only CLIP itself is shared. Adapters are added to the weights, not to the layers."""
+    A, B = {n: a.clone().requires_grad_() for n, a in lora_A.items()}, {n: torch.zeros(a.shape[1], a.shape[0], requires_grad=True) for n, a in lora_A.items()}
+    layers, weights, on = clip.config.vision_layers, dict(clip.named_parameters()), METHODS[method]
+    context = clip.token_embedding.weight[ids[0, 1:5]].clone().requires_grad_()
+    alpha = torch.zeros(layers).index_fill_(0, torch.tensor(math.floor(r.alpha_block * layers / 12)), r.alpha).requires_grad_()
+    beta = torch.full((layers,), r.beta).requires_grad_()
+    adamw, sgd = [*A.values(), *B.values()], []
+    rates = {id(p): r.lr for p in adamw}
+    if "pull" in on:
+        (sgd if r.sgd else adamw).extend([alpha, beta])
+        rates |= {id(alpha): 1e-3, id(beta): 1e-3}
+    if r.context:
+        sgd.append(context)
+        rates[id(context)] = 2e-3
+    memory, losses, before = {}, [], None
+    for step in range(r.steps):
+        merged = {n + ".weight": weights[n + ".weight"] + r.lora_alpha / math.sqrt(r.rank) * B[n] @ A[n] for n in A}
+
+        def text_hook(x, layer):
+            if layer == 0 and r.context:
+                x = x.clone()
+                x[:, 1:5] = context + clip.positional_embedding[1:5]
+            return x
+        class Text(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.clip = clip
+            def forward(self):
+                return self.clip.encode_text(ids, text_hook)
+        T = functional_call(Text(), {"clip." + n: w for n, w in merged.items() if n.startswith("transformer")}, ())
+
+        def to_tokens(t):
+            if r.text_to_tokens == "paper":
+                return ((t - t.mean()) / (t.var(correction=0) + 1e-5).sqrt()) @ clip.visual.proj.T
+            return (t @ torch.linalg.pinv(clip.visual.proj) - clip.visual.ln_post.bias) / clip.visual.ln_post.weight
+        goals = [to_tokens(t) for t in T]
+
+        def vision_hook(x, layer):
+            if "pull" not in on:
+                return x
+            x = torch.cat([x[:, :1], x], 1) if r.copy_cls else x
+            rows = []
+            for image in x:
+                s = torch.stack([F.cosine_similarity(image[1:], g[None], dim=-1) for g in goals], 1).detach()
+                order = s.max(1).values.sort(descending=True).indices.tolist()
+                new = list(image.unbind())
+                for i in order[: int(r.rho * len(order))]:
+                    new[1 + i] = new[1 + i] + alpha[layer] * goals[s[i].argmax()]
+                for i in order[len(order) - int(r.gamma * len(order)):]:
+                    new[1 + i] = new[1 + i] - beta[layer] * goals[s[i].argmin()]
+                rows.append(torch.stack(new))
+            return torch.stack(rows)
+
+        def encode(images):
+            f = functional_call(clip.visual, {n[7:]: w for n, w in merged.items() if n.startswith("visual")}, (images, vision_hook))
+            return f / f.norm(dim=-1, keepdim=True)
+        T = T / T.norm(dim=-1, keepdim=True)
+        images, wanted = (support, labels) if views is None else (views, labels.repeat(len(views) // len(support)))
+        f = encode(images)
+
+        def cross_entropy(of):
+            return -sum((r.scale * f[i] @ of.T).log_softmax(0)[wanted[i]] for i in range(len(f))) / len(f)
+        loss = cross_entropy(T)
+        if "svl" in on and step < 0.6 * r.steps:
+            g = encode(support)
+            loss = loss + 0.1 * cross_entropy(f[picks[step]])
+            now = f @ g.T
+            if before is not None:
+                c = 1 - step / (0.6 * r.steps)
+                fused = torch.stack([torch.stack([c * before[m, n] + (1 - c) * (T[wanted[m]] @ T[labels[n]]).detach() for n in range(len(g))]) for m in range(len(f))])
+                if r.ra == "paper":
+                    loss = loss + 3 * sum((p * (p.log() - q.log())).sum() for p, q in zip(now.softmax(1), fused.softmax(1))) / len(f)
+                else:
+                    loss = loss + 3 * (fused.exp() * (fused - now)).sum() / fused.numel()
+            before = now.detach()
+        for p in [*adamw, *sgd]:
+            p.grad = None
+        loss.backward()
+        with torch.no_grad():
+            for p in adamw:
+                rate = rates[id(p)] if not r.cosine or p is alpha or p is beta else 1e-6 + (rates[id(p)] - 1e-6) * (1 + math.cos(math.pi * step / (8 * r.steps))) / 2
+                m, v = memory.get(id(p), (0, 0))
+                m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad ** 2
+                memory[id(p)] = m, v
+                p -= rate * 0.01 * p
+                p -= rate * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            for p in sgd:
+                memory[id(p)] = 0.9 * memory.get(id(p), 0) + p.grad + 5e-4 * p
+                p -= rates[id(p)] * memory[id(p)]
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.mark.parametrize("method", ["atha", "svl"])
+@pytest.mark.parametrize("name", ["paper", "released"])
+def test_five_steps_equal_the_episode_written_out(toy, method, name):
+    clip, tokenizer = toy
+    recipe = replace(recipe_for(name, method), steps=5, dropout=0.0)
+    support, labels, _, names = toy_episodes(1, shot=2)
+    torch.manual_seed(0)
+    views = torch.cat([support[0], support[0].flip(-1)]) if method == "svl" else None
+    picks = torch.randint(20 if method == "svl" else 10, (5, 5))
+    ids = rows_of(tokenizer, names)
+    lora_A = {n: torch.empty(16, m.in_features).uniform_(-0.08, 0.08) for n, m in clip.named_modules()
+              if n.endswith(("q_proj", "k_proj", "v_proj")) and (recipe.text_lora or n.startswith("visual"))}
+    batches = None if views is None else lambda step: (views[None], labels.repeat(1, 2))
+    ours = adapt(clip, support, labels, ids, method, recipe, batches=batches, lora_A=lora_A, picks=picks)
+    cut = ids[0][:, : int(ids.argmax(-1).max()) + 1]
+    same(ours.losses[:, 0], naive_episode(clip, support[0], labels[0], cut, method, recipe, lora_A, picks, views), 1e-4)
+
+
+# ------------------------------------------------------------------------------ whole runs of the authors' own code
+
+@pytest.mark.parametrize("method", ["atha", "tir", "svl"])
+def test_recorded_run_of_the_released_code(method):
+    run = load_file(from_environment("ATHA_GOLDEN", "the folder with trace_released_*.safetensors") / f"trace_released_{method}.safetensors")
+    clip = clip_min._build(clip_min._our_names({n[8:]: t.float() for n, t in run.items() if n.startswith("weights.")}), "the trace")
+    lora_A = {n[7:]: t for n, t in run.items() if n.startswith("lora_A.")}
+    ids, labels = run["token_ids"][None], torch.arange(5)[None]
+    if method == "svl":
+        views = run["support_views"].float()
+        ours = adapt(clip, views[:1], labels, ids, method, replace(RECIPES["released-svl"], steps=20, dropout=0.0), lora_A=lora_A,
+                     picks=run["shuffled_index"], batches=lambda step: (views.flatten(0, 1)[None], labels.repeat(1, 5)))
+        assert (ours.logits(run["queries"].float()[None])[0] / 100 - run["query_cosines"]).abs().max() < 1e-3
+    else:
+        ours = adapt(clip, run["images"][None], labels, ids, method, replace(RECIPES["released-atha"], steps=10, dropout=0.0), lora_A=lora_A)
+        assert (ours.logits(run["queries"][None])[0] - run["query_logits"]).abs().max() < 1e-3
+        assert (ours.context[0] - run["context_final"]).abs().max() < 1e-3
+    if method == "atha":
+        assert (ours.atha.alpha[0] - run["alpha_final"]).abs().max() < 1e-6 and (ours.atha.beta[0] - run["beta_final"]).abs().max() < 1e-6
+    assert ((ours.losses[:, 0] - run["losses"]) / run["losses"]).abs().max() < 1e-4
+
+
+# ------------------------------------------------------------------------------------------- recipes and the tables
+
+def test_released_means_the_trainer_that_the_method_came_with():
+    assert recipe_for("released", "atha") == recipe_for("released", "clip-lora") == RECIPES["released-atha"]
+    assert recipe_for("released", "tir", shot=5).scale == 4 and recipe_for("released", "tir").scale == 2
+    assert [recipe_for("released", "svl", shot, d).steps for shot, d in ((1, ""), (5, ""), (1, "chestx"))] == [250, 1250, 125]
+    baseline = recipe_for("released-svl", "clip-lora", shot=5)
+    assert (baseline.steps, baseline.minibatch) == (250, 25) and recipe_for("released", "ra-only").augment == "views"
+    assert recipe_for("paper", "svl", 5) == Recipe()
+
+
+def test_methods_join_and_unknown_ones_are_named():
+    assert switches("atha+tir") == {"lora", "pull", "push", "inhibit", "enhance"}
+    for wrong in ("ahta", "atha+", "zero-shot+atha"):
+        with pytest.raises(UsageError, match="choose from zero-shot, clip-lora, atha"):
+            switches(wrong)
+
+
+def test_ablations_keep_one_side_still(toy):
+    clip, tokenizer = toy
+    support, labels, _, names = toy_episodes(1)
+    for method, moved, still in (("atha-push", "beta", "alpha"), ("atha-pull", "alpha", "beta")):
+        atha = adapt(clip, support, labels, rows_of(tokenizer, names), method, replace(RECIPES["paper"], **QUIET)).atha
+        assert getattr(atha, still).eq(0).all() and getattr(atha, moved).ne(0).all()
+
+
+def test_markdown_table_has_the_papers_figure_beside_ours():
+    table = train.markdown({("atha", 1, "eurosat"): (80.0, 1.0), ("atha", 1, "isic"): (40.0, 2.0), ("clip-lora", 1, "isic"): (30.0, 1.0)})
+    assert "| atha | 80.00 ± 1.00 (82.56) | 40.00 ± 2.00 (38.86) | 60.00 (58.35) |" in table and "(35.23 / 36.40)" in table
+
+
+# ------------------------------------------------------------------------------------------------------ the main job
+
+def test_the_toy_run_from_end_to_end(tmp_path):
+    """Tuning beats zero-shot; the second start finds everything done; more episodes go on from there."""
+    line = ["--dataset", "toy", "--shot", 1, "--method", "zero-shot", "clip-lora", "--episodes", 24, "--steps", 50, "--out", tmp_path / "results"]
+    said = command(*line, cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    means = dict(re.findall(r"^toy 5-way 1-shot (\S+) \(paper\): ([\d.]+) ±", said.stdout, re.M))
+    assert float(means["clip-lora"]) > float(means["zero-shot"]) + 3
+    again = command(*line, cwd=tmp_path)
+    assert re.findall(r"[\d.]+ ± [\d.]+", again.stdout) == re.findall(r"[\d.]+ ± [\d.]+", said.stdout) and "episodes/s" not in again.stderr
+    header, *records = map(json.loads, next((tmp_path / "results").glob("*clip-lora*.jsonl")).read_text().splitlines())
+    assert header["recipe"]["steps"] == 50 and sorted(r["episode"] for r in records) == list(range(24))
+
+
+def test_real_pictures_with_a_trained_clip(tmp_path):
+    """eurosat: fine-tuning beats zero-shot by more than both intervals (24 episodes of 20 steps keep this test short)."""
+    weights, root = from_environment("ATHA_WEIGHTS", "a small trained CLIP"), from_environment("ATHA_DATA", "a folder with eurosat/2750")
+    (tmp_path / "eurosat").mkdir()
+    (tmp_path / "eurosat" / "2750").symlink_to(root.resolve() / "eurosat" / "2750")
+    said = command("--dataset", "eurosat", "--shot", 1, "--method", "zero-shot", "clip-lora", "--steps", 20, "--episodes", 24, "--data", tmp_path,
+                   "--weights", weights, "--out", tmp_path / "results", "--precision", "bfloat16")
+    (zero, z), (tuned, t) = [map(float, pair) for pair in re.findall(r"^eurosat .*: ([\d.]+) ± ([\d.]+) %", said.stdout, re.M)]
+    assert tuned - t > zero + z
+
+
+def test_a_full_size_episode_fits_into_8_gib(tmp_path):
+    """ViT-B/16, random weights, 1 shot, 3 steps; peak memory of a process that does nothing else."""
+    code = f"""
+import sys, resource; sys.path.insert(0, {str(REPO)!r})
+import torch, clip_min, train
+from dataclasses import replace
+clip, ids = clip_min.CLIP().eval(), torch.randint(1, 49000, (1, 5, 77))
+ids[..., 9] = 49407
+learner = train.adapt(clip, torch.randn(1, 5, 3, 224, 224), torch.arange(5)[None], ids, "atha", replace(train.RECIPES["paper"], steps=3))
+assert learner.losses.isfinite().all() and learner.logits(torch.randn(1, 5, 3, 224, 224)).shape == (1, 5, 5)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+"""
+    (tmp_path / "full.py").write_text(code)
+    said = command(program=str(tmp_path / "full.py"))
+    assert said.returncode == 0 and float(said.stdout) < 8, said.stdout + said.stderr
+
+
+def test_compile_gives_the_same_losses_or_says_that_it_cannot(toy, capsys):
+    clip, tokenizer = toy
+    if not train.compile_works(torch.device("cpu")):
+        assert "going on without" in capsys.readouterr().err
+        return
+    support, labels, _, names = toy_episodes(1)
+    ids, recipe = rows_of(tokenizer, names), replace(RECIPES["paper"], steps=2, dropout=0.0)
+    plain, compiled = (adapt(clip, support, labels, ids, "atha", recipe, compile=c).losses for c in (False, True))
+    same(compiled, plain, 1e-4)
