@@ -28,7 +28,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if x.is_cuda or torch.compiler.is_compiling() or not training or p == 0:
         return F.dropout(x, p, training)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-    return x * (bits[: x.numel()].view(x.shape) >= round(p * 2 ** 16) - 2 ** 15) / (1 - p)
+    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2 ** 16) - 2 ** 15, 0) / (1 - p)
 
 
 class LoRA(nn.Module):

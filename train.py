@@ -620,7 +620,7 @@ def look(cell: Cell, probe_file: Path | None, picture: str | None, block: int) -
             file.writelines(json.dumps(row) + "\n" for row in [*rows, whole])
         print(probe_table(rows, whole, len(numbers)))
     if picture is not None:
-        draw(cell, picture, block, query[0], [p.masks[block] for p in (before, after)], tuned.logits(images[:1])[0].argmax(-1))
+        draw(cell, picture, block, query[0], [p.masks[block] for p in (before, after)], tuned.logits(images)[0].argmax(-1))
 
 
 def probe_table(rows: list[dict], whole: dict, episodes: int) -> str:

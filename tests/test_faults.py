@@ -301,7 +301,7 @@ def whole_cache(pool: data.Pool, folder: Path) -> bool:
         [pool.classes[label] for label in pool.labels] == [f.parent.name for f in files]
 
 
-def test_two_processes_build_one_cache(world, fork, tmp_path):
+def test_two_processes_build_one_cache(world, fork, tmp_path, monkeypatch):
     barrier = fork.barrier(2)
     runs = [fork(load_child, barrier, tmp_path / f"log{i}", tmp_path / "cache", None, "", world.pictures) for i in (0, 1)]
     for run in runs:
@@ -309,7 +309,8 @@ def test_two_processes_build_one_cache(world, fork, tmp_path):
     logs = [(tmp_path / f"log{i}").read_text() for i in (0, 1)]
     assert [run.exitcode for run in runs] == [0, 0], logs
     assert sum("decoding pictures" in log for log in logs) == 1
-    data.CACHE, before = tmp_path / "cache", sorted((tmp_path / "cache").iterdir())
+    before = sorted((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     assert whole_cache(data.load(str(world.pictures)), world.pictures)
     assert len([p for p in before if not p.name.endswith(".lock")]) == 1
 
@@ -357,3 +358,460 @@ def test_read_only_dataset(number, tmp_path, own_cache, monkeypatch, capsys):
     said(re.sub(r"\rdecoding.*", "", capsys.readouterr().err), str(tmp_path / "CropDiseases"), str(own_cache))
     assert whole_cache(data.load("cropdiseases", tmp_path), folder)
     assert capsys.readouterr().err == "" and sorted(tmp_path.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+WHOLE = TOY_CLIP.read_bytes()
+SHA256 = hashlib.sha256(WHOLE).hexdigest()
+ANSWERS = {    # what a server may send: status line and headers, body
+    "404": (b"HTTP/1.0 404 Not Found\r\n\r\n", b"gone"),
+    "broken off": (b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(WHOLE), WHOLE[:-1000]),
+    "short, no length": (b"HTTP/1.0 200 OK\r\n\r\n", WHOLE[:-1000]),
+    "another file": (b"HTTP/1.0 200 OK\r\nContent-Length: 9\r\n\r\n", b"not ours\n"),
+    "a page": (b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n", b"<html>log in first</html>"),
+    "no HTTP": (b"220 ftp ready\r\n", b"\x00\xff\r\n" * 9),
+    "silence": (b"", b""),
+    "no length but words": (b"HTTP/1.0 200 OK\r\nContent-Length: much\r\n\r\n", b"x"),
+    "whole": (b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(WHOLE), WHOLE),
+}
+
+
+@pytest.fixture
+def server():
+    """A loopback server: .answer is what it sends next, .asked how often, .url where; .hold stops it in mid-file until set."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            http.asked += 1
+            head, body = ANSWERS[http.answer]
+            self.wfile.write(head + body[: len(body) // 2])
+            self.wfile.flush()
+            http.hold.wait(60)
+            self.wfile.write(body[len(body) // 2:])
+
+        def log_message(self, *_):
+            pass
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.answer, http.asked, http.hold, http.url = "whole", 0, threading.Event(), f"http://127.0.0.1:{http.server_port}/file"
+    http.hold.set()
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    yield http
+    http.hold.set()
+    http.shutdown()
+
+
+@pytest.mark.parametrize("answer", [name for name in ANSWERS if name != "whole"])
+def test_download_that_fails(answer, server, own_cache, monkeypatch, capsys):
+    """One line says so, nothing half-written stays, an older file is left alone, and the next attempt works."""
+    monkeypatch.setattr(clip_min, "VIT_B16_URL", server.url)
+    monkeypatch.setattr(clip_min, "VIT_B16_SHA256", SHA256)
+    own_cache.mkdir(parents=True)
+    (own_cache / "older").write_text("kept")
+    server.answer = answer
+    assert train.main(["--dataset", "eurosat", "--data", str(own_cache)]) == 2
+    announced, *error = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line and " MB of " not in line]
+    assert announced.startswith("downloading ") and server.url in announced
+    said("\n".join(error), "train.py: error: ", server.url)
+    assert [p.name for p in own_cache.iterdir() if p.suffix != ".lock"] == ["older"]
+    server.answer = "whole"
+    clip, _ = clip_min.load()
+    assert clip.config == clip_min.load(TOY_CLIP)[0].config
+    assert capsys.readouterr().err.count("downloading") == 1
+    asked = server.asked
+    clip_min.load()
+    assert server.asked == asked and capsys.readouterr().err == ""
+    assert sorted(p.name for p in own_cache.iterdir() if p.suffix != ".lock") == ["ViT-B-16.safetensors", "older"]
+
+
+def test_download_killed(server, fork, own_cache, tmp_path, monkeypatch):
+    """Killed in mid-file: the next attempt works, and leaves nothing of the first one."""
+    monkeypatch.setattr(clip_min, "VIT_B16_URL", server.url)
+    monkeypatch.setattr(clip_min, "VIT_B16_SHA256", SHA256)
+    server.hold.clear()
+    run = fork(load_child, fork.barrier(1), tmp_path / "log", own_cache, server.url, SHA256)
+    wait_for(lambda: any(p.name.endswith(".part") for p in own_cache.glob("*")))
+    run.kill()
+    run.join()
+    server.hold.set()
+    assert not (own_cache / "ViT-B-16.safetensors").exists()
+    clip_min.load()
+    assert [p.name for p in own_cache.iterdir() if p.suffix != ".lock"] == ["ViT-B-16.safetensors"]
+
+
+def test_two_processes_download_at_once(server, fork, own_cache, tmp_path):
+    """As torchrun's do on a new machine: both get the weights."""
+    barrier = fork.barrier(4)
+    runs = [fork(load_child, barrier, tmp_path / f"log{i}", own_cache, server.url, SHA256) for i in range(4)]
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0] * 4, [(tmp_path / f"log{i}").read_text()[-500:] for i in range(4)]
+    assert [p.name for p in own_cache.iterdir() if p.suffix != ".lock"] == ["ViT-B-16.safetensors"]
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def altered(change) -> bytes:
+    """The toy CLIP with its tensors changed, as a safetensors file."""
+    from safetensors.torch import save
+    tensors = load_file(TOY_CLIP)
+    change(tensors)
+    return save(tensors)
+
+
+WEIGHTS = {    # file name, what it holds, what must be said
+    "empty": ("w.safetensors", lambda: b"", "cannot read"),
+    "cut in the header": ("w.safetensors", lambda: WHOLE[:100], "cannot read"),
+    "cut in a tensor": ("w.safetensors", lambda: WHOLE[:-5], "cannot read"),
+    "garbage": ("w.safetensors", lambda: random.Random(0).randbytes(5000), "cannot read"),
+    "a page": ("w.pt", lambda: b"<html>", "cannot read"),
+    "a zip of nothing": ("w.pt", lambda: b"PK" + bytes(500), "cannot read"),
+    "another model": ("w.safetensors", lambda: altered(lambda t: (t.clear(), t.update(bert=torch.zeros(3)))), "visual.conv1.weight is missing"),
+    "vision alone": ("w.safetensors", lambda: altered(lambda t: [t.pop(n) for n in [*t] if not n.startswith("visual.")]), "token_embedding.weight"),
+    "a tensor less": ("w.safetensors", lambda: altered(lambda t: t.pop("ln_final.bias")), "ln_final.bias is missing"),
+    "a block less": ("w.safetensors", lambda: altered(lambda t: [t.pop(n) for n in [*t] if n.startswith("transformer.resblocks.0.")]), "transformer.resblocks."),
+    "misshapen": ("w.safetensors", lambda: altered(lambda t: t.update({"visual.ln_pre.weight": torch.zeros(7)})), "visual.ln_pre.weight has shape (7,)"),
+    "flat": ("w.safetensors", lambda: altered(lambda t: t.update({"visual.conv1.weight": torch.zeros(7)})), "visual.conv1.weight has shape (7,)"),
+    "square": ("w.safetensors", lambda: altered(lambda t: t.update({"visual.proj": torch.zeros(3, 3)})), "visual."),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_cannot_be_used(case, tmp_path, capsys):
+    name, content, words = WEIGHTS[case]
+    (tmp_path / name).write_bytes(content())
+    refused(capsys, ["--dataset", "toy", "--weights", tmp_path / name], words, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("write", [lambda evil, file: file.write_bytes(pickle.dumps(evil)), lambda evil, file: torch.save({"a": evil}, file),
+                                   lambda evil, file: torch.save({"a": evil}, file, _use_new_zipfile_serialization=False)])
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_pickled_code_is_not_run(write, name, tmp_path, capsys):
+    write(Evil(tmp_path / "marker"), tmp_path / name)
+    refused(capsys, ["--dataset", "toy", "--weights", tmp_path / name], "cannot read", str(tmp_path / name))
+    assert not (tmp_path / "marker").exists()
+    pickle.loads(pickle.dumps(Evil(tmp_path / "marker")))
+    assert (tmp_path / "marker").exists()                                # it would have been
+
+
+@pytest.mark.parametrize("damage", [lambda packed: packed[:40], lambda packed: packed[:30] + b"\xff" * 9 + packed[39:], lambda packed: b"\xff" * 40])
+def test_merges_that_cannot_be_read(damage, tmp_path):
+    import gzip
+    text = "#version\n" + "".join(f"{a} {b}\n" for a in "abcdefgh" for b in "abcdefgh")
+    (tmp_path / "merges").write_bytes(damage(gzip.compress(text.encode())))
+    with pytest.raises(clip_min.WeightsError, match="merges"):
+        clip_min.read_merges(tmp_path / "merges")
+
+
+def test_too_few_merges(tmp_path):
+    """Ids would be shifted, the end of text too: CLIP would go wrong without a word."""
+    weights = load_file(TOY_CLIP)
+    weights["token_embedding.weight"] = torch.zeros(514 + 10, weights["token_embedding.weight"].shape[1])
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "merges.txt").write_text("#version\na b\nc d\n")
+    with pytest.raises(clip_min.WeightsError, match="merges"):
+        clip_min.load(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+def rotated(path: Path):
+    """Left half red, right half blue; EXIF says that it lies on its side: upright, red is on top."""
+    image, exif = Image.new("RGB", (64, 64), (0, 0, 255)), Image.Exif()
+    image.paste((255, 0, 0), (0, 0, 32, 64))
+    exif[0x0112] = 6
+    image.save(path, exif=exif, quality=95)
+
+
+def plain_picture(mode: str, colour, size=(30, 20)):
+    return lambda path: Image.new(mode, size, colour).save(path)
+
+
+ODD = {    # how to make it, and the mean colour that it must have
+    "grey.png": (plain_picture("L", 100), (100, 100, 100)),
+    "grey.jpg": (plain_picture("L", 100), (100, 100, 100)),
+    "palette.png": (lambda path: Image.new("RGB", (9, 9), (200, 30, 40)).convert("P", palette=Image.Palette.ADAPTIVE).save(path), (200, 30, 40)),
+    "bits.png": (plain_picture("1", 1), (255, 255, 255)),
+    "alpha.png": (plain_picture("RGBA", (200, 30, 40, 255)), (200, 30, 40)),
+    "grey-alpha.png": (plain_picture("LA", (50, 255)), (50, 50, 50)),
+    "cmyk.jpg": (plain_picture("CMYK", (0, 255, 255, 0)), (254, 0, 0)),
+    "sixteen.png": (plain_picture("I;16", 100 * 256 + 17), (100, 100, 100)),
+    "sixteen.tif": (plain_picture("I;16", 100 * 256 + 17), (100, 100, 100)),
+    "sixteen-big-endian.tif": (plain_picture("I;16B", 100 * 256 + 17), (100, 100, 100)),
+    "one.png": (plain_picture("RGB", (9, 8, 7), (1, 1)), (9, 8, 7)),
+    "wide.png": (plain_picture("RGB", (9, 8, 7), (20000, 10)), (9, 8, 7)),
+    "high.jpg": (plain_picture("RGB", (90, 90, 90), (10, 20000)), (90, 90, 90)),
+    "loud.JPEG": (plain_picture("RGB", (90, 90, 90)), (90, 90, 90)),
+    "rotated.jpg": (rotated, (127, 0, 127)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_pictures(name, tmp_path):
+    make, wanted = ODD[name]
+    (tmp_path / "a").mkdir()
+    make(tmp_path / "a" / name)
+    image = data.load(str(tmp_path)).images[0].float()
+    assert image.shape == (3, 256, 256)
+    assert image.mean((1, 2)).tolist() == pytest.approx(wanted, abs=2)
+    if name == "rotated.jpg":
+        assert image[0, :100].mean() > 240 and image[2, -100:].mean() > 240
+
+
+def with_broken_exif(folder: Path) -> bytes:
+    """A JPEG whose orientation stands beside a number written as text."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0100] = 6, 64
+    Image.new("RGB", (8, 8)).save(folder / "b.jpeg", exif=exif)
+    content = bytearray((folder / "b.jpeg").read_bytes())
+    content[content.index(b"\x01\x00\x00\x04") + 3 if b"\x01\x00\x00\x04" in content else content.index(b"\x00\x01\x04\x00") + 2] = 2
+    (folder / "b.jpeg").unlink()
+    return bytes(content)
+
+
+def noise(folder: Path, share: float = 1) -> bytes:
+    write_png(torch.randint(256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), str(folder / "n.png"))
+    Image.open(folder / "n.png").save(folder / "n.jpeg")
+    content = (folder / "n.jpeg").read_bytes()
+    (folder / "n.png").unlink(), (folder / "n.jpeg").unlink()
+    return content[: int(share * len(content))]
+
+
+BROKEN = {"truncated": lambda folder: noise(folder, 0.6), "header only": lambda folder: noise(folder, 0.02), "zero bytes": lambda folder: b"",
+          "text": lambda folder: b"Not a picture\n" * 99, "damaged EXIF": with_broken_exif}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_picture_is_named(case, tmp_path, own_cache, capsys):
+    """Nothing half-decoded stays, and with the picture gone the next attempt works."""
+    folder = draw_pictures(tmp_path / "pictures", classes=2, each=2)
+    bad = folder / "circle" / "bad.jpg"
+    bad.write_bytes(BROKEN[case](tmp_path))
+    refused(capsys, ["--dataset", folder, "--weights", TOY_CLIP, "--way", 2], "cannot decode", str(bad))
+    assert [p.suffix for p in own_cache.iterdir()] in ([], [".lock"])
+    bad.unlink()
+    assert whole_cache(data.load(str(folder)), folder)
+
+
+def test_broken_bytes_are_named(tmp_path):
+    """Any byte of a picture may be wrong: it is decoded, or named; nothing else is raised."""
+    chance, pictures = random.Random(0), []
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010e], exif[0x011a] = 6, "words", 72.0
+    for format, options in (("jpeg", {"exif": exif}), ("png", {"exif": exif}), ("tiff", {}), ("webp", {"exif": exif}), ("bmp", {}), ("ppm", {})):
+        Image.new("RGB", (12, 10), (9, 99, 200)).save(tmp_path / "whole", format, **options)
+        pictures.append((tmp_path / "whole").read_bytes())
+    for n in range(1500):
+        content = bytearray(pictures[n % len(pictures)])
+        for _ in range(chance.choice((1, 1, 3))):
+            content[chance.randrange(min(len(content), 300))] = chance.randrange(256)
+        (tmp_path / "x.jpg").write_bytes(content)
+        try:
+            assert data.decode(tmp_path / "x.jpg", 8).shape == (3, 8, 8)
+        except data.DataError as e:
+            assert str(tmp_path / "x.jpg") in str(e) and "\n" not in str(e)
+
+
+def test_what_is_no_picture_is_left_out(tmp_path, capsys):
+    folder = draw_pictures(tmp_path / "pictures", classes=2, each=2)
+    for name in (".hidden.jpg", "._00.png", ".DS_Store", "Thumbs.db", "notes.txt", "00.png.part"):
+        (folder / "circle" / name).write_text("no picture")
+    for name in ("empty", "words", ".git", "circle/inner.jpg"):
+        (folder / name).mkdir()
+    for stray in (folder / "words" / "readme.md", folder / ".git" / "x.png", folder / "stray.png", folder / "labels.csv"):
+        stray.write_text("no picture")
+    pool = data.load(str(folder))
+    assert pool.classes == ["circle", "square"] and pool.labels.tolist() == [0, 0, 1, 1]
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert "empty" in first and "words" in first and ".git" not in first
+
+
+def isic(root: Path) -> Path:
+    (root / "ISIC2018_Task3_Training_Input").mkdir(parents=True)
+    (root / "ISIC2018_Task3_Training_GroundTruth").mkdir()
+    for i in range(7):
+        Image.new("RGB", (8, 8)).save(root / "ISIC2018_Task3_Training_Input" / f"ISIC_{i}.jpg")
+    table = root / "ISIC2018_Task3_Training_GroundTruth" / "ISIC2018_Task3_Training_GroundTruth.csv"
+    return write(table, [["image", *data.ISIC], *([f"ISIC_{i}", *(float(i == j) for j in range(7))] for i in range(7))])
+
+
+def chestx(root: Path) -> Path:
+    (root / "images_001" / "images").mkdir(parents=True)
+    for i in range(7):
+        Image.new("L", (8, 8)).save(root / "images_001" / "images" / f"{i}.png")
+    rows = [[f"{i}.png", name, 60] for i, name in enumerate(data.CHESTX)]
+    return write(root / "Data_Entry_2017.csv", [["Image Index", "Finding Labels", "Age"], *rows, ["7.png", "No Finding", 1], ["8.png", "Mass|Hernia", 1]])
+
+
+def write(table: Path, rows: list[list]) -> Path:
+    with table.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return table
+
+
+def replaced(old: str, new: str):
+    return lambda table: table.write_text(table.read_text().replace(old, new))
+
+
+TABLES = {    # layout, folder, what is done to the table, what must be named
+    "isic: column": ("isic", "ISIC", replaced("BKL", "XXX"), "BKL"),
+    "isic: two labels": ("isic", "ISIC", replaced("ISIC_3,0.0", "ISIC_3,1.0"), "ISIC_3"),
+    "isic: unknown label": ("isic", "ISIC", replaced("ISIC_3,0.0,0.0,0.0,1.0", "ISIC_3,0.0,0.0,0.0,0.0"), "ISIC_3"),
+    "isic: short row": ("isic", "ISIC", replaced("ISIC_3,0.0,0.0,0.0,1.0,0.0,0.0,0.0", "ISIC_3"), "ISIC_3"),
+    "isic: picture": ("isic", "ISIC", replaced("ISIC_3,", "ISIC_99,"), "ISIC_99"),
+    "isic: no table": ("isic", "ISIC", lambda table: table.unlink(), "GroundTruth.csv"),
+    "isic: no text": ("isic", "ISIC", lambda table: table.write_bytes(b"\xff\xfe\x00" * 99), "GroundTruth.csv"),
+    "isic: open quote": ("isic", "ISIC", lambda table: table.write_text(table.read_text() + '"' + "x" * 200000), "GroundTruth.csv"),
+    "isic: nothing": ("isic", "ISIC", lambda table: table.write_text(""), "image"),
+    "chestx: column": ("chestx", "ChestX", replaced("Finding Labels", "Findings"), "Finding Labels"),
+    "chestx: unknown label": ("chestx", "ChestX", replaced("Nodule", "Nodul"), "Nodul"),
+    "chestx: picture": ("chestx", "ChestX", replaced("3.png", "99.png"), "99.png"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_broken_tables(case, tmp_path, capsys):
+    name, folder, damage, word = TABLES[case]
+    table = globals()[name](tmp_path / folder)
+    assert len(data.load(name, tmp_path).classes) == 7
+    damage(table)
+    refused(capsys, ["--dataset", name, "--data", tmp_path, "--weights", TOY_CLIP], word, str(table))
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizer
+
+def random_text(chance: random.Random, length: int) -> str:
+    """Any code points, lone surrogates and controls too, and what means something to a tokenizer."""
+    draws = (lambda: chr(chance.randrange(0x110000)), lambda: chr(chance.randrange(0xd800, 0xe000)), lambda: chr(chance.randrange(256)),
+             lambda: chance.choice("abc ABC 123 '"), lambda: chance.choice(("&#xd800;", "&amp;", "<|endoftext|>", "</w>", "²", "İ", "\u0301", "\x00", "'ll")))
+    draw = chance.choice((*draws, lambda: chance.choice(draws)()))
+    return "".join(draw() for _ in range(length))
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_tokenizer_takes_any_text(real):
+    """10,000 random texts, some of 10,000 characters."""
+    tokenizer = clip_min.Tokenizer(from_environment("ATHA_MERGES", "OpenAI's BPE merges file") if real else [])
+    chance = random.Random(0)
+    texts = [random_text(chance, 10000 if n % 1000 == 0 else int(chance.expovariate(1 / 15))) for n in range(10000)]
+    for start in range(0, 10000, 500):
+        rows = tokenizer(texts[start: start + 500])
+        assert rows.shape == (500, 77) and rows.dtype == torch.int64
+        assert rows.min() >= 0 and (rows[:, 0] == tokenizer.start).all() and (rows.max(1).values == tokenizer.end).all()
+    for text in texts[1:200]:
+        assert tokenizer.decode(tokenizer.encode(text)).encode()         # is text again
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_tokenizer_gives_text_back(real):
+    tokenizer = clip_min.Tokenizer(from_environment("ATHA_MERGES", "OpenAI's BPE merges file") if real else [])
+    chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyzàéîõüßñøłžабвгдежя中文字日本語αβγδ"
+    for _ in range(500):
+        words = " ".join("".join(chance.choices(letters, k=chance.randrange(1, 12))) for _ in range(chance.randrange(1, 9)))
+        assert tokenizer.decode(tokenizer.encode(words.title() if chance.random() < 0.1 else words)) == words.title().lower() or words == words
+    for text in ("A photo of a Sea Lake, isn't it?", "Melanocytic Nevus (2018) 😀 é!", "tabs\tand\nlines  and   spaces"):
+        assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == re.sub(r"\s", "", text.lower())
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+def no_network(*_, **__):
+    raise AssertionError("network access that nothing asked for")
+
+
+FEW = ["--dataset", "toy", *QUICK]
+BAD = {    # arguments, words that must be in the one line
+    "method": (["--dataset", "toy", "--method", "nonsense"], ["'nonsense'", "clip-lora", "atha-push"]),
+    "joined": (["--dataset", "toy", "--method", "zero-shot+atha"], ["zero-shot+atha"]),
+    "dataset": (["--dataset", "nonsense"], ["'nonsense'", "eurosat", "chestx"]),
+    "one dataset of two": (["--dataset", "toy", "nonsense"], ["'nonsense'", "eurosat"]),
+    "chestx not there": (["--dataset", "chestx", "--data", "{tmp}"], ["{tmp}/ChestX", "nih-chest-xrays"]),
+    "cropdiseases half there": (["--dataset", "cropdiseases", "--data", "{tmp}/half"], ["{tmp}/half/CropDiseases/train"]),
+    "eurosat half there": (["--dataset", "eurosat", "--data", "{tmp}/half"], ["{tmp}/half/eurosat/2750"]),
+    "no pictures": (["--dataset", "{tmp}/half"], ["{tmp}/half"]),
+    "weights not there": (["--dataset", "toy", "--weights", "{tmp}/none.pt"], ["{tmp}/none.pt"]),
+    "classes": ([*FEW, "--way", 17], ["17", "16"]),
+    "pictures": ([*FEW, "--query", 300], ["circle", "200", "301"]),
+    "NaN": ([*FEW, "--lr", 1e30], ["not a number", "0", "1", "--lr"]),
+    "NaN in the last step": ([*FEW, "--steps", 1, "--lr", 1e38, "--lora-alpha", 1e30], ["not a number", "--lr"]),
+    "fit: no folder": (["--fit", "{tmp}/none", "--save", "{tmp}/x", "--weights", TOY_CLIP], ["{tmp}/none"]),
+    "predict: not ours": (["--predict", TOY_CLIP, "{tmp}", "--weights", TOY_CLIP], ["toy_clip.safetensors"]),
+    "predict: no file": (["--predict", "{tmp}/none", "{tmp}", "--weights", TOY_CLIP], ["{tmp}/none"]),
+    "out is a file": ([*FEW, "--out", "{tmp}/file"], ["{tmp}/file"]),
+    "names": (["--fit", "{tmp}/pics", "--save", "{tmp}/x", "--names", "{tmp}/none", "--weights", TOY_CLIP], ["{tmp}/none"]),
+    "device": (["--dataset", "toy", "--device", "nonsense"], ["nonsense"]),
+    **{f"{name} {value}": ([*FEW, name, value], [name]) for name, value in
+       (("--episodes", 0), ("--episodes", -1), ("--way", 0), ("--shot", 0), ("--query", 0), ("--batch", -1), ("--steps", 0), ("--rank", 0))},
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clip_min, "download", no_network)
+    monkeypatch.setattr(data, "fetch", no_network)
+    monkeypatch.setattr(data, "toy_pictures", lambda each: (TOY[0][:, None].expand(-1, 17, -1, -1, -1).flatten(0, 1), TOY[1].repeat_interleave(17)))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "half" / "CropDiseases").mkdir(parents=True)
+    (tmp_path / "half" / "eurosat").mkdir()
+    (tmp_path / "file").write_text("a file")
+    if case == "names":
+        draw_pictures(tmp_path / "pics", 2, 2)
+    argv, words = ([str(a).replace("{tmp}", str(tmp_path)) for a in part] for part in BAD[case])
+    if "--out" not in argv:
+        argv += ["--out", str(tmp_path / "out")]
+    try:
+        refused(capsys, argv, *words)
+    except SystemExit as stop:                                           # argparse, which prints the usage first
+        assert stop.code == 2
+        said(capsys.readouterr().err.splitlines()[-1], "train.py: error: ", *words)
+
+
+def test_results_of_another_recipe(episodes, world, tmp_path, capsys):
+    """Named and refused, the file left as it was; a run that failed before its first episode stands in nobody's way."""
+    argv = [*map(str, world.argv), "--out", str(tmp_path / "out")]
+    refused(capsys, [*argv, "--lr", 1e30], "not a number")
+    refused(capsys, [*argv, "--query", 100], "100")
+    assert train.main(argv) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    refused(capsys, [*argv, "--lr", 1e-3], "lr 0.0002", "0.001", "--out")
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    part, = before
+    part.write_bytes(before[part].replace(b'"steps": 2', b'"steps": 2, "older": 1', 1))
+    refused(capsys, argv, "older")
+
+
+def test_as_a_user_sees_it(tmp_path):
+    run = command("--dataset", "nonsense", "--weights", TOY_CLIP, cwd=tmp_path)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.startswith("train.py: error: ")
+    said(run.stderr, "'nonsense'")
+
+
+def test_no_network_and_nothing_written_elsewhere(tmp_path):
+    """Only --data, --out and the cache folder change; no address is looked up, no connection opened."""
+    places = {name: tmp_path / name for name in ("home", "tmp", "work", "data")}
+    draw_pictures(places["data"] / "CropDiseases" / "train", each=6)
+    for place in places.values():
+        place.mkdir(exist_ok=True)
+    guard = """import sys
+def hook(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"):
+        raise SystemExit(f"network access: {event} {args}")
+sys.addaudithook(hook)
+import train
+for argv in (["--dataset", "cropdiseases", "--data", sys.argv[1]], ["--dataset", sys.argv[1] + "/CropDiseases/train"]):
+    assert train.main([*argv, *sys.argv[2:]]) == 0"""
+    before = {p for p in tmp_path.rglob("*")}
+    run = subprocess.run([sys.executable, "-c", guard, str(places["data"]), "--weights", str(TOY_CLIP), *QUICK, "--episodes", "2"], cwd=places["work"],
+                         capture_output=True, text=True, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPO), **BARE,
+                                                              "HOME": str(places["home"]), "TMPDIR": str(places["tmp"])})
+    assert run.returncode == 0, run.stderr
+    new = {p.relative_to(tmp_path).as_posix() for p in set(tmp_path.rglob("*")) - before if p.is_file()}
+    assert {name for name in new if not name.startswith(("work/results/", "home/.cache/atha/", "data/CropDiseases/.cropdiseases-256"))} == set()
+    assert any(name.startswith("work/results/") for name in new) and any(name.startswith("home/.cache/atha/") for name in new)
