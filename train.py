@@ -607,7 +607,7 @@ def look(cell: Cell, probe_file: Path | None, picture: str | None, block: int) -
             row = {"block": layer, "cka": linear_cka(*pooled).mean().item()}
             for name, p in (("before", before), ("after", after)):
                 row |= {f"{part}_{name}": getattr(p, part)[layer].item() for part in ("head", "neutral", "tail")}
-                row |= {f"share_{name}": p.share[layer].tolist(), f"norm_{name}": p.norm[layer].tolist()}
+                row |= {f"share_{name}": p.share[layer].tolist(), f"norm_{name}": [None if x != x else x for x in p.norm[layer].tolist()]}
             if tuned.atha is not None:
                 row |= {"alpha": tuned.atha.alpha[:, layer].mean().item(), "beta": tuned.atha.beta[:, layer].mean().item()}
             rows.append(row)
@@ -629,7 +629,8 @@ def probe_table(rows: list[dict], whole: dict, episodes: int) -> str:
              "block  head           neutral        tail           alpha   beta    share and length of tokens marked by all classes   CKA"]
     for row in rows:
         tokens = "  ".join(f"{row[f'{part}_before']:.3f} -> {row[f'{part}_after']:.3f}" for part in ("head", "neutral", "tail"))
-        sinks = f"{100 * row['share_before'][-1]:5.1f} % -> {100 * row['share_after'][-1]:5.1f} %, {row['norm_before'][-1]:6.1f} -> {row['norm_after'][-1]:6.1f}"
+        norms = " -> ".join("     -" if row[key][-1] is None else f"{row[key][-1]:6.1f}" for key in ("norm_before", "norm_after"))
+        sinks = f"{100 * row['share_before'][-1]:5.1f} % -> {100 * row['share_after'][-1]:5.1f} %, {norms}"
         lines.append(f"{row['block']:5d}  {tokens}  {row.get('alpha', 0):6.3f}  {row.get('beta', 0):6.3f}  {sinks:48s}  {row['cka']:.3f}")
     lines += [f"features: CKA frozen and tuned {whole['cka_features']:.3f}; modality gap {whole['modality_gap_before']:.3f} -> {whole['modality_gap_after']:.3f}; "
               f"gap shift {whole['gap_shift_before']:.3f} -> {whole['gap_shift_after']:.3f}"]
@@ -643,20 +644,20 @@ def draw(cell: Cell, target: str, block: int, query: Tensor, masks: list[tuple[T
     """One query a class of the first episode: the picture, and its head and tail patches before and after tuning."""
     size, side, names = 192, cell.clip.config.image // cell.clip.config.patch, cell.pool.classes
     classes = cell.pool.episode(0, cell.args.way, cell.shot, cell.args.query, cell.args.seed)[0]
-    rows = [caption(f"orange: head patches, blue: tail patches, at block {block}; left: picture, middle: before tuning, right: after", 3 * size)]
+    rows = [caption(f"orange: head patches, blue: tail patches, at block {block}; left: picture, middle: before tuning, right: after", 3 * size + 8)]
     for true in range(min(4, cell.args.way)):
         q = true * cell.args.query
         image = F.interpolate(query[q][None].float(), (size, size), mode="bilinear", antialias=True)[0].cpu()
-        panels = [image]
+        gap, panels = torch.full((3, size, 4), 255.0), [image]
         for head, tail in masks:
             tinted = image.clone()
             for mask, colour in ((head, HEAD), (tail, TAIL)):
                 patch = mask[q, -side * side:].view(1, 1, side, side).float().cpu()
                 patch = F.interpolate(patch, (size, size))[0] * 0.5
                 tinted = tinted * (1 - patch) + torch.tensor(colour).view(3, 1, 1) * patch
-            panels.append(tinted)
+            panels += [gap, tinted]
         said = names[classes[predicted[q]]]
-        rows += [torch.cat(panels, 2), caption(f"{names[classes[true]]}, predicted {said}", 3 * size)]
+        rows += [torch.cat(panels, 2), caption(f"true: {names[classes[true]]}, predicted: {said}", rows[0].shape[2])]
     save_image(torch.cat(rows, 1) / 255, target)
     print(f"drew {target}")
 

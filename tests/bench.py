@@ -3,12 +3,10 @@
     python tests/bench.py             about ten minutes on two CPU cores, a few on a GPU
     python tests/bench.py --peer      and against Hugging Face CLIP with PEFT's LoRA, where these are installed
 
-Figures are medians after warm-up; what is compared is run in turns. A step is timed from one call of adapt's `batches`
-to the next. E is the number of episodes at once; a share of the peak counts 35.1 GFLOP a picture, twice that in training:
-forward and backward to activations, as frozen weights need no gradient.
+Figures are medians after warm-up; what is compared is run in turns. A step lasts from one call of adapt's `batches` to
+the next. E episodes train at once. FLOP a picture: forward; in training twice that, as frozen weights need no gradient.
 """
 import argparse, importlib.util, os, platform, re, resource, sys
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from itertools import pairwise
@@ -49,20 +47,17 @@ class Clock:
         self.cuda, self.marks = device.type == "cuda", []
 
     def mark(self) -> None:
-        self.marks.append(torch.cuda.Event(enable_timing=True) if self.cuda else perf_counter())
-        if self.cuda:
-            self.marks[-1].record()
+        self.marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self.cuda else perf_counter())
 
     def laps(self) -> list[float]:
         if self.cuda:
             torch.cuda.synchronize()
         return [a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in pairwise(self.marks)]
 
-    def time(self, call: Callable[[], object], repeats: int) -> float:
+    def time(self, call, repeats: int) -> float:
         """Seconds of a call, after as many that do not count."""
         for _ in range(2 * repeats):
-            self.mark()
-            call()
+            self.mark(), call()
         self.mark()
         return median(self.laps()[repeats:])
 
@@ -95,46 +90,42 @@ class Bench:
 
     def growth(self) -> dict[int, list[tuple[float, int, float]]]:
         """Print how speed grows with E and way x shot; returns, by shot of 5 ways, (pictures a second, E, seconds before the first step)."""
-        found, rate = {1: [], 5: []}, 0.0
+        found, rate = {1: [], 5: []}, float("inf")
         print("\n| way x shot | E | pictures a step | ms a step | pictures/s | share of peak | peak memory, GB |\n|" + "---|" * 7)
         for way, shot in ((5, 1), (10, 1), (5, 5), (10, 5)):
             for episodes in (1, 4, 16, 64, 128, 256) if self.cuda else (1, 2, 4) if way * shot == 5 else (1,):
                 pictures, laps = episodes * way * shot, []
-                row = f"| {way} x {shot} | {episodes} | {pictures} |"
-                if pictures < 20 * rate or not rate and (self.cuda or pictures <= train.pictures_at_once(self.clip, self.device)):
-                    try:
-                        if self.cuda:
-                            torch.cuda.empty_cache()
-                            torch.cuda.reset_peak_memory_stats()
+                if self.cuda:
+                    torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+                try:
+                    if pictures < 20 * rate and (self.cuda or pictures <= train.pictures_at_once(self.clip, self.device)):
                         _, before, laps = self.train("clip-lora", episodes, way, shot, self.repeats)
-                    except torch.cuda.OutOfMemoryError:
-                        pass
+                except torch.cuda.OutOfMemoryError:
+                    pass
                 if not laps:
-                    print(row, "too large or too slow here | | | |")
+                    print(f"| {way} x {shot} | {episodes} | {pictures} | too large or too slow here | | | |")
                     break
                 memory = torch.cuda.max_memory_allocated() if self.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 rate = pictures / median(laps)
                 found[shot] += [(rate, episodes, before)] if way == 5 else []
-                print(row, f"{1000 * median(laps):.1f} | {rate:.4g} | {200 * rate * flops(VIT) / self.peak:.0f} % | {memory / 1e9:.1f} |", flush=True)
+                print(f"| {way} x {shot} | {episodes} | {pictures} | {1000 * median(laps):.1f} | {rate:.4g} | {200 * rate * flops(VIT) / self.peak:.0f} % "
+                      f"| {memory / 1e9:.1f} |", flush=True)
         return found
 
     def evaluation(self, episodes: int) -> float:
         """Query pictures a second, 25 an episode at once as in train.py."""
-        learner = self.train("clip-lora", episodes, 5, 1, 1)[0]
+        learner, *_ = self.train("clip-lora", episodes, 5, 1, 1)
         query = torch.randint(256, (episodes, 25, 3, 256, 256), dtype=torch.uint8, device=self.device)
         return 25 * episodes / Clock(self.device).time(lambda: learner.logits(plain(query, VIT.image)), self.repeats)
 
     def methods(self, names: list[str], episodes: int) -> None:
         """Print the cost of methods in turns with clip-lora's; the second clip-lora shows how far a figure may be off."""
-        methods = {"clip-lora": "clip-lora", "clip-lora again": "clip-lora"} | {name: name for name in names}
-        cost = {name: [] for name in methods}
-        for _ in range(self.repeats):
-            for name, method in methods.items():
-                cost[name].append(median(self.train(method, episodes, 5, 1, 3, extra_share=1.0)[2]))
+        names = ["clip-lora", "clip-lora", *names]
+        turns = [[median(self.train(name, episodes, 5, 1, 3, extra_share=1.0)[2]) for name in names] for _ in range(self.repeats)]
         print(f"\n| 5 x 1, E = {episodes} | cost of a step |\n|---|---|")
-        for name, method in methods.items():
-            share = RECIPE.extra_share if train.switches(method) & {"svl", "ra"} else 1.0            # SVL and RA act in the first steps only
-            print(f"| {name} | {1 - share + share * median(a / b for a, b in zip(cost[name], cost['clip-lora'])):.3f} |", flush=True)
+        for name, *ratios in zip(names, *[[cost / turn[0] for cost in turn] for turn in turns]):
+            share = RECIPE.extra_share if train.switches(name) & {"svl", "ra"} else 1.0              # SVL and RA act in the first steps only
+            print(f"| {name} | {1 - share + share * median(ratios):.3f} |", flush=True)
 
     def peer(self) -> tuple[float, float]:
         """Seconds of a step of ours and of one by transformers and peft: one episode, 5 pictures without augmentation, in turns."""
@@ -162,7 +153,7 @@ class Bench:
             return images, labels
         recipe = replace(RECIPE, steps=self.warm + 1 + 3 * self.repeats)
         train.adapt(self.clip, images, labels, class_rows(1, 5, self.device), "clip-lora", recipe, batches=batches, compile=self.compile)
-        laps = clock.laps()[2 * self.warm + 2:]                                    # adapt asks for pictures once more before it starts
+        laps = clock.laps()[2 * self.warm + 2:]                                    # adapt asks once more before it starts
         return median(laps[1::2]), median(laps[::2])
 
 

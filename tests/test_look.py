@@ -1,0 +1,43 @@
+"""--probe and --draw on the toy world."""
+import json
+
+import pytest
+from conftest import from_environment
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import train
+
+
+def test_probe_tells_what_changed_and_draw_shows_it(tmp_path, capsys):
+    code = train.main(["--dataset", "toy", "--method", "zero-shot", "atha", "--episodes", "2", "--steps", "10", "--out", str(tmp_path), "--probe",
+                       "--draw", str(tmp_path / "look.png"), "--draw-block", "1"])
+    said = capsys.readouterr().out
+    assert code == 0 and said.count("gap shift") == 1, "zero-shot changes nothing, so it is not probed"
+    *blocks, whole = [json.loads(line, parse_constant=pytest.fail) for line in next(tmp_path.glob("*.probe.jsonl")).read_text().splitlines()]
+    assert [row["block"] for row in blocks] == [0, 1, 2, 3] and blocks[0]["cka"] > 0.999 > whole["cka_features"] > 0.5
+    for row in blocks:
+        assert row["head_before"] > row["neutral_before"] > row["tail_before"] and sum(row["share_after"]) == pytest.approx(1)
+    assert blocks[2]["alpha"] == pytest.approx(0.8, abs=0.02), "block 8 of 12 is block 2 of 4"
+    assert blocks[2]["head_after"] > blocks[2]["head_before"] + 0.1, "pulled towards the class texts"
+    picture = pil_to_tensor(pil_loader(str(tmp_path / "look.png"))).float()
+    panels = picture[:, 24:216, :].split(196, 2)                          # picture, before, after of the first query
+    colour = [(panel[0] - panel[2]).abs().gt(40).float().mean().item() for panel in panels]
+    assert colour[0] == 0 and all(0.05 < share < 0.3 for share in colour[1:]), "a sixth of the patches is tinted, the picture is not"
+
+
+def test_probe_under_the_released_recipe_whose_sequence_grows(tmp_path, capsys):
+    assert train.main(["--dataset", "toy", "--method", "atha+tir", "--recipe", "released", "--episodes", "2", "--steps", "2", "--out", str(tmp_path),
+                       "--probe", "--draw", str(tmp_path / "look.png")]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_claims_on_real_tiles(tmp_path, capsys):
+    """Tuning lowers CKA to the frozen model; ATHA raises the head tokens' similarity where it pulls, and lowers the tail's."""
+    root, weights = from_environment("ATHA_DATA", "a folder with eurosat/2750"), from_environment("ATHA_WEIGHTS", "a small trained CLIP")
+    (tmp_path / "eurosat").mkdir()
+    (tmp_path / "eurosat" / "2750").symlink_to(root.resolve() / "eurosat" / "2750")
+    train.main(["--dataset", "eurosat", "--data", str(tmp_path), "--weights", str(weights), "--episodes", "2", "--steps", "30", "--out", str(tmp_path / "r"), "--probe"])
+    rows = [json.loads(line) for line in next((tmp_path / "r").glob("*.probe.jsonl")).read_text().splitlines()]
+    assert rows[-1]["cka_features"] < 0.99
+    assert rows[4]["head_after"] > rows[4]["head_before"] + 0.1 and rows[4]["tail_after"] < rows[4]["tail_before"]
