@@ -266,3 +266,53 @@ class Probe:
         self.norm.append((is_count * length).sum((0, 1)) / is_count.sum((0, 1)))               # nan where no token has that count
         self.pooled.append(tokens.float().mean(1)), self.masks.append((head, tail))
         return tokens
+
+
+def compare(before: Probe, after: Probe, episodes: int) -> list[dict]:
+    """What two probes of the same images saw, a row a block, ready for JSON; `cka` of the pooled tokens is a mean over episodes."""
+    rows = []
+    for layer in range(len(before.head)):
+        row = {"block": layer, "cka": linear_cka(*(p.pooled[layer].unflatten(0, (episodes, -1)) for p in (before, after))).mean().item()}
+        for name, p in (("before", before), ("after", after)):
+            row |= {f"{part}_{name}": getattr(p, part)[layer].item() for part in ("head", "neutral", "tail")}
+            row |= {f"share_{name}": p.share[layer].tolist(), f"norm_{name}": [None if x != x else x for x in p.norm[layer].tolist()]}
+        rows.append(row)
+    return rows
+
+
+def probe_table(rows: list[dict], whole: dict, episodes: int) -> str:
+    """The diagnostics as text: cosine of tokens to their nearest text, alpha, beta, tokens that all classes mark, CKA."""
+    lines = [f"mean over {episodes} episodes, before -> after tuning",
+             "block  head           neutral        tail             alpha    beta  marked by all classes: share and length  CKA"]
+    for row in rows:
+        tokens = "  ".join(f"{row[f'{part}_before']:5.3f} -> {row[f'{part}_after']:5.3f}" for part in ("head", "neutral", "tail"))
+        norms = " -> ".join("    -" if row[key][-1] is None else f"{row[key][-1]:5.1f}" for key in ("norm_before", "norm_after"))
+        sinks = f"{100 * row['share_before'][-1]:5.1f} % -> {100 * row['share_after'][-1]:5.1f} %, {norms}"
+        lines.append(f"{row['block']:5d}  {tokens}  {row.get('alpha', 0):6.3f}  {row.get('beta', 0):6.3f}  {sinks:40s}  {row['cka']:.3f}")
+    gaps = "; ".join(f"{name.replace('_', ' ')} {whole[f'{name}_before']:.3f} -> {whole[f'{name}_after']:.3f}" for name in ("modality_gap", "gap_shift"))
+    return "\n".join([*lines, f"features: CKA of frozen and tuned {whole['cka_features']:.3f}; {gaps}"])
+
+
+def draw_patches(target: str, images: Tensor, masks: list[list[Tensor]], side: int, said: list[str], legend: str) -> None:
+    """PNG of pictures (n, 3, S, S) uint8 with a line of text each; beside each picture it once more for every [head, tail] of masks.
+
+    head and tail are (n, L) bool, the last side * side of L being the patches; head is tinted orange, tail blue.
+    """
+    from torchvision.utils import draw_bounding_boxes, save_image
+    size, orange, blue = 192, torch.tensor([255, 140, 0]), torch.tensor([0, 110, 255])
+    gap, width = torch.full((3, size, 4), 255.0), (size + 4) * (1 + len(masks)) - 4
+
+    def caption(text: str) -> Tensor:
+        strip = torch.full((3, 24, width), 255, dtype=torch.uint8)
+        return draw_bounding_boxes(strip, torch.zeros(1, 4), [text], colors="white", label_colors="black").float()
+    rows = [caption(legend)]
+    for i, text in enumerate(said):
+        panels = [F.interpolate(images[i: i + 1].float(), (size, size), mode="bilinear", antialias=True)[0]]
+        for pair in masks:
+            tinted = panels[0]
+            for mask, colour in zip(pair, (orange, blue)):
+                tint = F.interpolate(mask[i, -side * side:].view(1, 1, side, side).float().cpu(), (size, size))[0] / 2    # (1, size, size)
+                tinted = tinted * (1 - tint) + colour.view(3, 1, 1) * tint
+            panels += [gap, tinted]
+        rows += [torch.cat(panels, 2), caption(text)]
+    save_image(torch.cat(rows, 1) / 255, target)

@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.utils import draw_bounding_boxes, save_image
 
 import clip_min
 import data
-from atha import (ATHA, Between, LoRA, Probe, add_lora, gap_shift, linear_cka, modality_gap, per_image, ra_loss, svl_loss,
-                  text_to_tokens, tir_step)
+from atha import (ATHA, Between, LoRA, Probe, add_lora, compare, draw_patches, gap_shift, linear_cka, modality_gap, per_image,
+                  probe_table, ra_loss, svl_loss, text_to_tokens, tir_step)
 from clip_min import CLIP, Tokenizer, save
 from data import DATASETS, DataError, Pool, decode, generator, plain, support_batches
 
@@ -601,16 +600,9 @@ def look(cell: Cell, probe_file: Path | None, picture: str | None, block: int) -
         seen.append((probe, learner.features(images, probe), F.normalize(final.float(), dim=-1)))
     (before, features, text), (after, tuned_features, tuned_text) = seen
     if probe_file is not None:
-        rows = []
-        for layer in range(clip.config.vision_layers):
-            pooled = [p.pooled[layer].unflatten(0, (len(numbers), -1)) for p in (before, after)]     # (E, Q, D)
-            row = {"block": layer, "cka": linear_cka(*pooled).mean().item()}
-            for name, p in (("before", before), ("after", after)):
-                row |= {f"{part}_{name}": getattr(p, part)[layer].item() for part in ("head", "neutral", "tail")}
-                row |= {f"share_{name}": p.share[layer].tolist(), f"norm_{name}": [None if x != x else x for x in p.norm[layer].tolist()]}
-            if tuned.atha is not None:
-                row |= {"alpha": tuned.atha.alpha[:, layer].mean().item(), "beta": tuned.atha.beta[:, layer].mean().item()}
-            rows.append(row)
+        rows = compare(before, after, len(numbers))
+        for row in rows if tuned.atha is not None else ():
+            row |= {"alpha": tuned.atha.alpha[:, row["block"]].mean().item(), "beta": tuned.atha.beta[:, row["block"]].mean().item()}
         wanted = torch.arange(a.way, device=images.device).repeat_interleave(a.query)
         whole = {"cka_features": linear_cka(features, tuned_features).mean().item()}
         for name, f, t in (("before", features, text), ("after", tuned_features, tuned_text)):
@@ -620,52 +612,14 @@ def look(cell: Cell, probe_file: Path | None, picture: str | None, block: int) -
             file.writelines(json.dumps(row) + "\n" for row in [*rows, whole])
         print(probe_table(rows, whole, len(numbers)))
     if picture is not None:
-        draw(cell, picture, block, query[0], [p.masks[block] for p in (before, after)], tuned.logits(images)[0].argmax(-1))
-
-
-def probe_table(rows: list[dict], whole: dict, episodes: int) -> str:
-    """The diagnostics as text: cosine of tokens to their nearest text, alpha, beta, marks by all classes, CKA."""
-    lines = [f"mean over {episodes} episodes, before -> after tuning",
-             "block  head           neutral        tail           alpha   beta    share and length of tokens marked by all classes   CKA"]
-    for row in rows:
-        tokens = "  ".join(f"{row[f'{part}_before']:.3f} -> {row[f'{part}_after']:.3f}" for part in ("head", "neutral", "tail"))
-        norms = " -> ".join("     -" if row[key][-1] is None else f"{row[key][-1]:6.1f}" for key in ("norm_before", "norm_after"))
-        sinks = f"{100 * row['share_before'][-1]:5.1f} % -> {100 * row['share_after'][-1]:5.1f} %, {norms}"
-        lines.append(f"{row['block']:5d}  {tokens}  {row.get('alpha', 0):6.3f}  {row.get('beta', 0):6.3f}  {sinks:48s}  {row['cka']:.3f}")
-    lines += [f"features: CKA frozen and tuned {whole['cka_features']:.3f}; modality gap {whole['modality_gap_before']:.3f} -> {whole['modality_gap_after']:.3f}; "
-              f"gap shift {whole['gap_shift_before']:.3f} -> {whole['gap_shift_after']:.3f}"]
-    return "\n".join(lines)
-
-
-HEAD, TAIL = (255, 140, 0), (0, 110, 255)
-
-
-def draw(cell: Cell, target: str, block: int, query: Tensor, masks: list[tuple[Tensor, Tensor]], predicted: Tensor) -> None:
-    """One query a class of the first episode: the picture, and its head and tail patches before and after tuning."""
-    size, side, names = 192, cell.clip.config.image // cell.clip.config.patch, cell.pool.classes
-    classes = cell.pool.episode(0, cell.args.way, cell.shot, cell.args.query, cell.args.seed)[0]
-    rows = [caption(f"orange: head patches, blue: tail patches, at block {block}; left: picture, middle: before tuning, right: after", 3 * size + 8)]
-    for true in range(min(4, cell.args.way)):
-        q = true * cell.args.query
-        image = F.interpolate(query[q][None].float(), (size, size), mode="bilinear", antialias=True)[0].cpu()
-        gap, panels = torch.full((3, size, 4), 255.0), [image]
-        for head, tail in masks:
-            tinted = image.clone()
-            for mask, colour in ((head, HEAD), (tail, TAIL)):
-                patch = mask[q, -side * side:].view(1, 1, side, side).float().cpu()
-                patch = F.interpolate(patch, (size, size))[0] * 0.5
-                tinted = tinted * (1 - patch) + torch.tensor(colour).view(3, 1, 1) * patch
-            panels += [gap, tinted]
-        said = names[classes[predicted[q]]]
-        rows += [torch.cat(panels, 2), caption(f"true: {names[classes[true]]}, predicted: {said}", rows[0].shape[2])]
-    save_image(torch.cat(rows, 1) / 255, target)
-    print(f"drew {target}")
-
-
-def caption(text: str, width: int) -> Tensor:
-    """A strip (3, 24, width) in 0..255 with text on white."""
-    strip = torch.full((3, 24, width), 255, dtype=torch.uint8)
-    return draw_bounding_boxes(strip, torch.tensor([[0, 0, 0, 0]]), [text.replace("_", " ")], colors="white", label_colors="black").float()
+        names = [cell.pool.classes[c].replace("_", " ") for c in cell.pool.episode(0, a.way, cell.shot, a.query, a.seed)[0]]
+        some = range(0, len(query[0]), a.query)                                      # one query a class
+        said = [f"true: {names[i // a.query]}, predicted: {names[tuned_label]}"
+                for i, tuned_label in zip(some, tuned.logits(images)[0, some].argmax(-1).tolist())]
+        masks = [[m[some] for m in probe.masks[block]] for probe in (before, after)]
+        legend = f"orange: head patches, blue: tail patches, at block {block}; left: picture, middle: before tuning, right: after"
+        draw_patches(picture, query[0, some].cpu(), masks, clip.config.image // clip.config.patch, said, legend)
+        print(f"drew {picture}")
 
 
 # --------------------------------------------------------------------------------------------------- command line

@@ -198,7 +198,7 @@ def test_two_runs_on_one_file(world, tmp_path, capsys):
     train.Results(tmp_path / "x", {"a": 1})
 
 
-def wait_for(true, seconds: float = 120):
+def wait_for(true, seconds: float = 20):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"

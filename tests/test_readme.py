@@ -1,0 +1,60 @@
+"""Every code block of the README is run, or, where it would download or take hours, at least parsed by the program it calls."""
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+from conftest import REPO, TOY_CLIP
+from torchvision.utils import save_image
+
+import data
+import train
+
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (REPO / "README.md").read_text(), re.M | re.S)
+COMMANDS = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """The folder of someone who follows the README: leaves/, new_pictures/, leaf.jpg, and weights (the toy CLIP, to be quick)."""
+    here = tmp_path_factory.mktemp("reader")
+    images, labels = data.toy_pictures(8)
+    for i in range(4 * 8):
+        place = here / "leaves" / data.TOY_CLASSES[int(labels[i])]
+        place.mkdir(parents=True, exist_ok=True)
+        save_image(images[i] / 255, place / f"{i}.png")
+    shutil.copytree(here / "leaves", here / "new_pictures")
+    save_image(images[0] / 255, here / "leaf.jpg")
+    shutil.copy(TOY_CLIP, here / "vit-b-16.safetensors")
+    return here
+
+
+def test_the_commands_are_those_of_the_programs():
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if "train.py" in words:
+            train.parse(words[words.index("train.py") + 1:])
+        else:
+            assert words[:2] in (["pip", "install"], ["python", "-m"]), command
+    tests = [c for c in COMMANDS if "pytest" in c or ".[test]" in c]
+    ci = (REPO / ".ci" / "run").read_text().replace(" --quiet --disable-pip-version-check", "")
+    assert len(tests) == 2 and all(c in ci for c in tests), "CI does what the README says"
+
+
+def test_your_own_pictures(reader, monkeypatch, capsys):
+    monkeypatch.chdir(reader)
+    for command in [c for c in COMMANDS if "--fit" in c or "--predict" in c]:
+        assert train.main([*shlex.split(command)[2:], "--weights", "vit-b-16.safetensors"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"zero-shot: [\d.]+ %.*\natha: [\d.]+ %", said) and "accuracy" in said
+
+
+@pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
+def test_python_blocks(code, reader, monkeypatch, capsys):
+    monkeypatch.chdir(reader)
+    if "leaf.safetensors" in code and not (reader / "leaf.safetensors").exists():
+        train.main(["--fit", "leaves", "--save", "leaf.safetensors", "--weights", "vit-b-16.safetensors", "--steps", "2"])
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.search("|".join(data.TOY_CLASSES[:4]), capsys.readouterr().out)
