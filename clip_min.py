@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # of an RGB picture in 0..1
@@ -349,12 +349,13 @@ def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata)
+        part.write_bytes(safetensors_bytes(tensors, metadata))           # save_file would make it readable to its owner alone
         os.replace(part, target)
     except (OSError, SafetensorError) as e:
         raise WeightsError(f"cannot write {target}: {e}") from e
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():                                                # not unlink(missing_ok): its folder may be a file
+            part.unlink()
 
 
 def _vit_b16() -> Path:

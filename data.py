@@ -236,7 +236,7 @@ def cached(listing: Listing, root: Path, size: int, places: list[Path]) -> Pool:
     for place in places:
         if pool := open_cache(place, fingerprint):
             return pool
-    for place in places:
+    for place, fallback in zip(places, [*places[1:], None]):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with open(f"{place}.lock", "a") as lock:
@@ -244,11 +244,10 @@ def cached(listing: Listing, root: Path, size: int, places: list[Path]) -> Pool:
                 if not open_cache(place, fingerprint):
                     build_cache(place, entries, classes, size, fingerprint)
             return open_cache(place, fingerprint)
-        except PermissionError:
-            print(f"{place.parent} cannot be written, trying {places[-1].parent} for the decoded pictures", file=sys.stderr)
         except OSError as e:
-            raise DataError(f"cannot write {place}: {e}") from e
-    raise DataError(f"no place to keep the decoded pictures: {', '.join(str(p.parent) for p in places)} cannot be written")
+            if fallback is None:
+                raise DataError(f"cannot keep the decoded pictures in {place.parent}: {e.strerror}") from e
+            print(f"cannot keep the decoded pictures in {place.parent} ({e.strerror}): they go to {fallback.parent}", file=sys.stderr)
 
 
 def open_cache(place: Path, fingerprint: str) -> Pool | None:

@@ -7,7 +7,7 @@
 """
 from __future__ import annotations
 
-import argparse, copy, fcntl, glob, json, os, sys, time
+import argparse, copy, fcntl, glob, json, os, sys, tempfile, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -479,22 +479,52 @@ def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], context:
 def flagged(args: argparse.Namespace, recipe: Recipe) -> Recipe:
     """The recipe with what was given on the command line."""
     given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
-    return replace(recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    recipe = replace(recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    if "{}" not in recipe.prompt:
+        raise UsageError(f"--prompt {recipe.prompt!r} has no {{}}, where the class name goes")
+    return recipe
 
 
 # -------------------------------------------------------------------------------------------------- own pictures
 
+def read_names(path: str, classes: Sequence[str]) -> list[str]:
+    """Phrase of each class: as a JSON object says of the folder, else the folder's name. Raises UsageError."""
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as e:
+        raise UsageError(f"cannot read --names {path}: {e.strerror}") from e
+    except ValueError as e:
+        raise UsageError(f"--names {path} is not JSON: {e}") from e
+    if not isinstance(names, dict) or not all(isinstance(phrase, str) for phrase in names.values()):
+        raise UsageError(f'--names {path} must hold one object of texts, {{"folder": "phrase", ...}}')
+    if unknown := [name for name in names if name not in classes]:
+        raise UsageError(f"--names {path}: no class folder {unknown[0]!r}; there are {', '.join(classes)}")
+    return [names.get(name, name) for name in classes]
+
+
+def check_writable(path: Path) -> None:
+    """Raises UsageError before the work is done rather than after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            reason = "it is a folder" if path.is_dir() else ""
+    except OSError as e:
+        reason = e.strerror
+    if reason:
+        raise UsageError(f"cannot write {path}: {reason}")
+
+
 def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> None:
     """Fine-tune once on a folder of class folders: one episode whose classes are all and whose support is everything."""
     pool, device, method = load_pool(args.fit, args), clip.visual.proj.device, args.method[0]
-    names = json.loads(Path(args.names).read_text(encoding="utf-8")) if args.names else {}
-    phrases = [names.get(folder, folder) for folder in pool.classes]
+    phrases = read_names(args.names, pool.classes) if args.names else pool.classes
+    check_writable(Path(args.save))
     if len(pool.classes) < 2:
         raise UsageError(f"{args.fit} has one class, {pool.classes[0]!r}: there is nothing to tell apart")
     short = [f"{name!r} has {len(rows)}" for name, rows in zip(pool.classes, pool.rows) if len(rows) <= args.holdout]
     if short:
         raise UsageError(f"--holdout {args.holdout} leaves no picture to fit on: {', '.join(short)}")
-    recipe = flagged(args, recipe_for(args.recipe, method, max(1, len(pool.labels) // len(pool.classes))))
+    recipe = flagged(args, recipe_for(args.recipe, method, min(5, max(1, len(pool.labels) // len(pool.classes)))))
     order = [rows[torch.randperm(len(rows), generator=generator("holdout", args.seed, label))] for label, rows in enumerate(pool.rows)]
     kept, held = (torch.cat(part) for part in zip(*[(rows[args.holdout:], rows[: args.holdout]) for rows in order]))
     size, seeds = clip.config.image, [("fit", args.seed)]
@@ -505,8 +535,23 @@ def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> None:
     pictures = batches(0)[0].shape[1]
     print(f"fitting {method} on {len(kept)} pictures of {len(pool.classes)} classes, {recipe.steps} steps"
           + (f", {chunk} of {pictures} pictures at a time (each step still sees them all)" if chunk < pictures else ""), file=sys.stderr)
-    torch.manual_seed(args.seed)
-    learner = adapt(clip, still, labels, token_ids, method, recipe, batches=batches, seeds=seeds, chunk=chunk, compile=args.compile)
+    begun, every = time.monotonic(), 1 if sys.stderr.isatty() else max(1, recipe.steps // 10)
+
+    def told(step: int) -> tuple[Tensor, Tensor]:                        # adapt asks for a step's pictures when the steps before are done
+        if step and (step % every == 0 or step == recipe.steps - 1):
+            taken = time.monotonic() - begun
+            progress(f"step {step + 1}/{recipe.steps}, {taken / step * (recipe.steps - step):.0f} s left", last=step == recipe.steps - 1)
+        return batches(step)
+    learner = None
+    while learner is None:
+        torch.manual_seed(args.seed)
+        try:
+            learner = adapt(clip, still, labels, token_ids, method, recipe, batches=told, seeds=seeds, chunk=chunk, compile=args.compile)
+        except torch.cuda.OutOfMemoryError as e:
+            if chunk == 1:
+                raise UsageError("out of GPU memory with one picture at a time") from e
+            chunk = min(chunk, pictures) // 2
+            print(f"\nout of GPU memory: {chunk} pictures at a time from here on", file=sys.stderr)
     if len(learner.losses) and not learner.losses[-1].isfinite().all():
         raise UsageError("the loss is not a number: lower --lr, or use --precision float32")
     metadata = {"classes": pool.classes, "phrases": phrases, "method": method, "recipe": asdict(recipe), "weights": clip.fingerprint}
@@ -517,7 +562,7 @@ def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> None:
         zero_shot = adapt(clip, still, labels, token_ids, "zero-shot", recipe)
         for name, model in (("zero-shot", zero_shot), (method, learner)):
             right = model.logits(plain_held)[0].argmax(-1).cpu() == pool.labels[held]
-            print(f"{name}: {100 * right.double().mean():.2f} % of {len(held)} pictures held out")
+            print(f"{name + ':':{len(method) + 10}s} {100 * right.double().mean():6.2f} % ({int(right.sum())} of {len(held)} pictures held out)")
 
 
 def load_tuned(path: str | Path, clip: CLIP, tokenizer: Tokenizer) -> Learner:
@@ -525,15 +570,19 @@ def load_tuned(path: str | Path, clip: CLIP, tokenizer: Tokenizer) -> Learner:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-        classes, phrases, method, weights = (metadata[key] for key in ("classes", "phrases", "method", "weights"))
-        recipe = Recipe(**{key: tuple(v) if isinstance(v, list) else v for key, v in metadata["recipe"].items()})
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as e:
-        raise UsageError(f"{path} is not a file that --save wrote: {e}") from e
+            stored = file.metadata() or {}
+        classes, phrases, method, weights, recipe = (json.loads(stored[key]) for key in ("classes", "phrases", "method", "weights", "recipe"))
+        recipe = Recipe(**{key: tuple(v) if isinstance(v, list) else v for key, v in recipe.items()})
+    except (OSError, SafetensorError) as e:
+        raise UsageError(f"cannot read {path} as a file that --save wrote: {e}") from e
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise UsageError(f"{path} is not a file that --save wrote, or of another version") from e
     if weights != clip.fingerprint:
         raise UsageError(f"{path} was fitted on the weights {weights}, these are {clip.fingerprint}: give the right --weights")
     token_ids = class_rows(tokenizer, recipe.prompt, phrases, clip.config.context)[None].to(clip.visual.proj.device)
     learner = Learner(clip, token_ids, method, recipe)
+    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in learner.learned().items()}:
+        raise UsageError(f"{path} does not hold what {method} learns: parts are missing, or it is of another version")
     learner.load_state_dict(tensors, strict=False)
     learner.classes = classes
     return learner.requires_grad_(False).eval()
@@ -547,6 +596,9 @@ def predict(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
         paths += [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")] if path.is_dir() else [path]
     if not paths:
         raise UsageError("no pictures to classify: name pictures or folders after the saved file")
+    wide, named = (max(map(len, x)) for x in (map(str, paths), learner.classes))
+    if not args.json:
+        print(f"{'picture':{wide}s}  {'class':{named}s}        %  {'runner-up':{named}s}        %")
     confusion, skipped = torch.zeros(len(learner.classes), len(learner.classes), dtype=torch.int64), 0
     for start in range(0, len(paths), 64):
         found = []
@@ -564,19 +616,21 @@ def predict(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
                 if args.json:
                     print(json.dumps({"picture": str(path), "class": names[0], "probability": values[0], "runner_up": names[1], "runner_up_probability": values[1]}))
                 else:
-                    print(f"{path}  {names[0]}  {100 * values[0]:.1f} %  (then {names[1]} {100 * values[1]:.1f} %)")
-                if path.parent.name in learner.classes and path not in map(Path, args.predict[1:]):
+                    print(f"{path!s:{wide}s}  " + "  ".join(f"{name:{named}s}  {100 * value:7.3f}" for name, value in zip(names, values)))
+                if path.parent.name in learner.classes:
                     confusion[learner.classes.index(path.parent.name), indices[0]] += 1
-        if len(paths) > 64:
+        if len(paths) > 64 and not sys.stdout.isatty():                  # on a terminal the table itself tells how far
             progress(f"{min(start + 64, len(paths))}/{len(paths)} pictures", last=start + 64 >= len(paths))
     if labelled := int(confusion.sum()):
         accuracy = 100 * int(confusion.trace()) / labelled
         if args.json:
             print(json.dumps({"accuracy": accuracy, "pictures": labelled, "classes": learner.classes, "confusion": confusion.tolist()}))
         else:
-            print(f"\naccuracy {accuracy:.2f} % of {labelled} pictures; rows: true class, columns: predicted, in the same order")
-            for name, row in zip(learner.classes, confusion.tolist()):
-                print(" ".join(f"{n:4d}" for n in row), "", name)
+            print(f"\naccuracy {accuracy:.2f} % of {labelled} pictures\n\n{'true class':{named + 4}s}  right  predicted as")
+            print(" " * (named + 13) + "".join(f"{i + 1:5d}" for i in range(len(confusion))))
+            for i, (name, row) in enumerate(zip(learner.classes, confusion.tolist())):
+                right = f"{100 * row[i] / sum(row):4.0f} %" if sum(row) else "     -"
+                print(f"{i + 1:3d} {name:{named}s}  {right} " + "".join(f"{n or '.':>5}" for n in row))
     return 1 if skipped else 0
 
 
@@ -672,16 +726,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
         group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({f.default})", **kind)
     if not argv:
         parser.exit(0, SHORT_HELP)
+
+    def refuse(message: str) -> None:                                    # one line, not the usage of fifty flags before it
+        raise UsageError(message)
+    parser.error = refuse
     args = parser.parse_args(argv)
     if not (args.dataset or args.fit or args.predict):
         parser.error("give --dataset, --fit or --predict")
-    if args.fit and (not args.save or len(args.method or [1]) > 1):
-        parser.error("--fit needs --save FILE, and one method")
+    for name, least in {"batch": 1, "steps": 1, "rank": 1, "holdout": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}")
     args.dataset = list(DATASETS) if args.dataset == ["all"] else args.dataset or []
     default = ["zero-shot", "atha"] if args.dataset == ["toy"] else ["atha"]
     args.method = list(TABLE) if args.method == ["all"] else args.method or default
     for method in args.method:
         switches(method)
+    if args.fit and (not args.save or len(args.method) > 1):
+        parser.error("--fit needs --save FILE, and one method")
     args.precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 
@@ -697,7 +758,14 @@ def load_pool(name: str, args: argparse.Namespace) -> Pool:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and "LOCAL_RANK" in os.environ else args.device)
+    name = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and "LOCAL_RANK" in os.environ else args.device
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise UsageError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
+    for path in filter(None, (args.fit, args.predict and args.predict[0])):          # a slip of the pen should not cost a download
+        if not Path(path).exists():
+            raise UsageError(f"there is no {path}")
     args.compile = args.compile and compile_works(device)
     weights = args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
     clip, tokenizer = clip_min.load(weights, device, getattr(torch, args.precision))
@@ -745,8 +813,11 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, clip_min.WeightsError, DataError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                                              # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
-        print("\nstopped: finished episodes are kept, the same command goes on from there", file=sys.stderr)
+        print("\nstopped; finished episodes are kept, and the same command goes on from there", file=sys.stderr)
         return 130
 
 

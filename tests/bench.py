@@ -1,18 +1,15 @@
 """How fast it is here: ViT-B/16 at full size with random weights (speed does not depend on them), through train.adapt itself.
 
-    python tests/bench.py             about ten minutes on two CPU cores, a few on a GPU
-    python tests/bench.py --peer      and against Hugging Face CLIP with PEFT's LoRA, where these are installed
+    python tests/bench.py --peer      without --peer it needs no transformers and peft
 
 Figures are medians after warm-up; what is compared is run in turns. A step lasts from one call of adapt's `batches` to
 the next. E episodes train at once. FLOP a picture: forward; in training twice that, as frozen weights need no gradient.
 """
-import argparse, importlib.util, os, platform, re, resource, sys
+import argparse, contextlib, importlib.util, os, platform, re, resource, sys, time
 from dataclasses import replace
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +31,8 @@ def flops(c: CLIPConfig) -> int:
 
 
 def class_rows(episodes: int, way: int, device: torch.device) -> Tensor:
-    """Token rows (E, way, context) as long as those of the prompts."""
-    rows, end = torch.zeros(episodes, way, VIT.context, dtype=torch.int64), VIT.vocab - 1
-    rows[..., 0], rows[..., 1:9], rows[..., 9] = end - 1, torch.randint(end - 1, (episodes, way, 8)), end
-    return rows.to(device)
+    """Token rows (E, way, 10), as long as those of the prompts."""
+    return F.pad(torch.randint(VIT.vocab - 2, (episodes, way, 9), device=device), (0, 1), value=VIT.vocab - 1)
 
 
 class Clock:
@@ -46,8 +41,10 @@ class Clock:
     def __init__(self, device: torch.device):
         self.cuda, self.marks = device.type == "cuda", []
 
-    def mark(self) -> None:
-        self.marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self.cuda else perf_counter())
+    def mark(self, wait: bool = False) -> None:
+        if self.cuda and wait:
+            torch.cuda.synchronize()
+        self.marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)) if self.cuda else time.perf_counter())
 
     def laps(self) -> list[float]:
         if self.cuda:
@@ -97,26 +94,18 @@ class Bench:
                 pictures, laps = episodes * way * shot, []
                 if self.cuda:
                     torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
-                try:
+                with contextlib.suppress(torch.cuda.OutOfMemoryError):
                     if pictures < 20 * rate and (self.cuda or pictures <= train.pictures_at_once(self.clip, self.device)):
                         _, before, laps = self.train("clip-lora", episodes, way, shot, self.repeats)
-                except torch.cuda.OutOfMemoryError:
-                    pass
                 if not laps:
                     print(f"| {way} x {shot} | {episodes} | {pictures} | too large or too slow here | | | |")
                     break
                 memory = torch.cuda.max_memory_allocated() if self.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 rate = pictures / median(laps)
                 found[shot] += [(rate, episodes, before)] if way == 5 else []
-                print(f"| {way} x {shot} | {episodes} | {pictures} | {1000 * median(laps):.1f} | {rate:.4g} | {200 * rate * flops(VIT) / self.peak:.0f} % "
-                      f"| {memory / 1e9:.1f} |", flush=True)
+                share = 200 * rate * flops(VIT) / self.peak
+                print(f"| {way} x {shot} | {episodes} | {pictures} | {1000 * median(laps):.1f} | {rate:.4g} | {share:.0f} % | {memory / 1e9:.1f} |", flush=True)
         return found
-
-    def evaluation(self, episodes: int) -> float:
-        """Query pictures a second, 25 an episode at once as in train.py."""
-        learner, *_ = self.train("clip-lora", episodes, 5, 1, 1)
-        query = torch.randint(256, (episodes, 25, 3, 256, 256), dtype=torch.uint8, device=self.device)
-        return 25 * episodes / Clock(self.device).time(lambda: learner.logits(plain(query, VIT.image)), self.repeats)
 
     def methods(self, names: list[str], episodes: int) -> None:
         """Print the cost of methods in turns with clip-lora's; the second clip-lora shows how far a figure may be off."""
@@ -131,28 +120,23 @@ class Bench:
         """Seconds of a step of ours and of one by transformers and peft: one episode, 5 pictures without augmentation, in turns."""
         from peft import LoraConfig, get_peft_model
         from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-        vit = CLIPVisionModelWithProjection(CLIPVisionConfig(
-            hidden_size=VIT.vision_width, intermediate_size=4 * VIT.vision_width, num_hidden_layers=VIT.vision_layers,
-            num_attention_heads=VIT.vision_width // 64, image_size=VIT.image, patch_size=VIT.patch, projection_dim=VIT.embed))
-        model = get_peft_model(vit.to(self.device, self.dtype), LoraConfig(
-            r=RECIPE.rank, lora_alpha=RECIPE.lora_alpha, use_rslora=True, lora_dropout=RECIPE.dropout, target_modules=["q_proj", "k_proj", "v_proj"])).train()
+        vit = CLIPVisionConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=16, projection_dim=512)
+        lora = LoraConfig(r=16, lora_alpha=8, use_rslora=True, lora_dropout=0.25, target_modules=["q_proj", "k_proj", "v_proj"])
+        model = get_peft_model(CLIPVisionModelWithProjection(vit).to(self.device, self.dtype), lora).train()
         adamw = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RECIPE.lr, weight_decay=RECIPE.weight_decay, fused=True)
         images, labels = torch.randn(1, 5, 3, VIT.image, VIT.image, device=self.device), torch.arange(5, device=self.device)[None]
         texts, clock = F.normalize(torch.randn(5, VIT.embed, device=self.device), dim=-1), Clock(self.device)
 
         def batches(step: int) -> tuple[Tensor, Tensor]:
-            for turn in ("theirs", "ours"):
-                if self.cuda:
-                    torch.cuda.synchronize()                                       # neither may hide in the other's queue
-                clock.mark()
-                if turn == "theirs":
-                    features = F.normalize(model(pixel_values=images[0].to(self.dtype)).image_embeds.float(), dim=-1)
-                    F.cross_entropy(RECIPE.scale * features @ texts.T, labels[0]).backward()
-                    adamw.step()
-                    adamw.zero_grad()
+            clock.mark(wait=True)                                                  # neither may hide in the other's queue
+            features = F.normalize(model(pixel_values=images[0].to(self.dtype)).image_embeds.float(), dim=-1)
+            F.cross_entropy(RECIPE.scale * features @ texts.T, labels[0]).backward()
+            adamw.step()
+            adamw.zero_grad()
+            clock.mark(wait=True)
             return images, labels
-        recipe = replace(RECIPE, steps=self.warm + 1 + 3 * self.repeats)
-        train.adapt(self.clip, images, labels, class_rows(1, 5, self.device), "clip-lora", recipe, batches=batches, compile=self.compile)
+        train.adapt(self.clip, images, labels, class_rows(1, 5, self.device), "clip-lora", replace(RECIPE, steps=self.warm + 1 + 3 * self.repeats),
+                    batches=batches, compile=self.compile)
         laps = clock.laps()[2 * self.warm + 2:]                                    # adapt asks once more before it starts
         return median(laps[1::2]), median(laps[::2])
 
@@ -168,16 +152,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.peer and not all(map(importlib.util.find_spec, ("transformers", "peft"))):
         parser.error("--peer needs two packages: pip install transformers peft")
-    cuda, cpuinfo, precision = args.device.type == "cuda", Path("/proc/cpuinfo"), args.precision or ("bfloat16" if args.device.type == "cuda" else "float32")
+    if not all(map(train.METHODS.get, "+".join(args.method).split("+"))):
+        parser.error(f"--method takes {', '.join(list(train.METHODS)[1:])}, or some joined with +")
+    cuda, cpuinfo = args.device.type == "cuda", Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)|$", cpuinfo.read_text() if cpuinfo.exists() else "")[1] or platform.processor()
-    print(f"{torch.cuda.get_device_name() + ', ' if cuda else ''}{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {date.today()}")
-    bench = Bench(args, precision)
+    print(f"{torch.cuda.get_device_name() + ', ' if cuda else ''}{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    bench = Bench(args, precision := args.precision or ("bfloat16" if cuda else "float32"))
     print(f"ViT-B/16 in {precision}, {flops(VIT) / 1e9:.1f} GFLOP a picture; matrix products reach {bench.peak / 1e12:.3g} TFLOP/s")
     bench.train("clip-lora", 1, 5, 1, 1)                                           # what is set up but once
     found = bench.growth()
     rate, episodes, _ = max(found[1])
     print(f"\nE = {episodes} trains {rate / found[1][0][0]:.1f} x as many pictures a second as E = 1")
-    queries = bench.evaluation(min(episodes, 64))
+    learner, *_ = bench.train("clip-lora", at_once := min(episodes, 64), 5, 1, 1)
+    query = torch.randint(256, (at_once, 25, 3, 256, 256), dtype=torch.uint8, device=args.device)     # 25 of each at once, as in train.py
+    queries = 25 * at_once / Clock(args.device).time(lambda: learner.logits(plain(query, VIT.image)), bench.repeats)
     print(f"evaluation: {queries:.4g} pictures/s, {100 * queries * flops(VIT) / bench.peak:.0f} % of the peak")
     for shot, total in ((1, 800), (5, 400)):
         for rate, at_once, before in sorted(found[shot])[-1:]:

@@ -12,46 +12,39 @@ import data
 import train
 
 CLASSES = ["circle", "cross", "ring", "square", "star", "triangle"]
+FIT = "--fit {pictures} --save {tmp}/new --steps 3 "
 
 
 @pytest.fixture
 def pictures(folder):
     """The folder with four pictures a class, 00.png to 03.png."""
-    for picture in folder.rglob("*.png"):
-        if int(picture.stem) >= 4:
-            picture.unlink()
+    for picture in [*folder.glob("*/0[4-9].png"), *folder.glob("*/1?.png")]:
+        picture.unlink()
     return folder
 
 
 @pytest.fixture
-def fitted(monkeypatch):
-    """The learners of all adaptations, as they were before they were saved."""
-    learners, adapt = [], train.adapt
-    monkeypatch.setattr(train, "adapt", lambda *args, **kwargs: learners.append(adapt(*args, **kwargs)) or learners[-1])
-    return learners
-
-
-@pytest.fixture
 def run(capsys):
-    """run(arguments) -> exit code, standard output, lines of standard error without the progress of decoding."""
+    """run(arguments) -> exit code, standard output (with --json: its rows), lines of standard error but the progress of decoding."""
     def run(*args):
         capsys.readouterr()
-        try:
-            code = train.main(["--weights", str(TOY_CLIP), *map(str, args)])
-        except SystemExit as e:
-            code = e.code
-        out, err = capsys.readouterr()
+        code, (out, err) = train.main(["--weights", str(TOY_CLIP), *map(str, args)]), capsys.readouterr()
+        out = [json.loads(line) for line in out.splitlines()] if "--json" in args else out
         return code, out, [line for line in err.splitlines() if line and not line.startswith("decoding")]
     return run
 
 
 @pytest.fixture
-def fit(run, tmp_path):
-    """fit(folder, options) -> the saved file and what was printed; three steps unless the options say otherwise."""
+def fit(run, tmp_path, monkeypatch):
+    """fit(folder, options) -> the saved file, the learner as it was before, what was printed; three steps unless the options differ."""
+    learners, adapt = [], train.adapt
+    monkeypatch.setattr(train, "adapt", lambda *args, **kwargs: learners.append(adapt(*args, **kwargs)) or learners[-1])
+
     def fit(folder, *options):
+        learners.clear()
         code, out, err = run("--fit", folder, "--save", tmp_path / "saved", "--steps", 3, *options)
         assert code == 0, err
-        return tmp_path / "saved", out + "\n".join(err)
+        return tmp_path / "saved", learners[0], out + "\n".join(err)
     return fit
 
 
@@ -59,55 +52,46 @@ def prepared(folder, centre=False):
     return data.plain(torch.stack([data.decode(path, 256) for path in sorted(folder.rglob("*.png"))]), 48, centre)[None]
 
 
-def rows_of(out):
-    return [json.loads(line) for line in out.splitlines()]
-
-
-def test_a_saved_model_predicts_in_a_fresh_process_exactly_what_it_did_before(fit, fitted, pictures):
-    saved, _ = fit(pictures)
-    before = fitted[0].logits(prepared(pictures))[0].softmax(-1).topk(2)
+def test_a_saved_model_predicts_in_a_fresh_process_exactly_what_it_did_before(fit, pictures):
+    saved, learner, _ = fit(pictures)
+    before = learner.logits(prepared(pictures))[0].softmax(-1).topk(2)
     fresh = command("--predict", saved, pictures, "--json", "--weights", TOY_CLIP)
-    assert fresh.returncode == 0, fresh.stderr
-    rows = rows_of(fresh.stdout)[:-1]
-    assert [row["picture"] for row in rows] == sorted(map(str, pictures.rglob("*.png")))
+    rows = [json.loads(line) for line in fresh.stdout.splitlines()[:-1]]
+    assert fresh.returncode == 0 and [row["picture"] for row in rows] == sorted(map(str, pictures.rglob("*.png"))), fresh.stderr
     assert [[row["probability"], row["runner_up_probability"]] for row in rows] == before.values.tolist()
     assert [[row["class"], row["runner_up"]] for row in rows] == [[CLASSES[i] for i in top] for top in before.indices.tolist()]
 
 
 @pytest.mark.parametrize("method", ["zero-shot", "clip-lora", "atha", "tir", "svl", "atha+tir", "released"])
-def test_three_lines_bring_back_a_saved_model_which_holds_no_more_than_it_learned(fit, fitted, pictures, method):
-    saved, _ = fit(pictures, *(["--recipe", "released"] if method == "released" else ["--method", method]))
+def test_three_lines_bring_back_a_saved_model_which_holds_no_more_than_it_learned(fit, pictures, method):
+    saved, before, _ = fit(pictures, *(["--recipe", "released"] if method == "released" else ["--method", method]))
     images = prepared(pictures, centre=method == "released")
     clip, tokenizer = clip_min.load(TOY_CLIP)
     learner = train.load_tuned(saved, clip, tokenizer)
     logits = learner.logits(images)                                      # (1, pictures, classes)
-    assert learner.classes == CLASSES and torch.equal(logits, fitted[0].logits(images))
-    assert saved.stat().st_size < sum(4 * t.numel() for t in fitted[0].learned().values()) + 20_000 < 2e6
+    assert learner.classes == CLASSES and torch.equal(logits, before.logits(images))
+    assert saved.stat().st_size < sum(4 * t.numel() for t in before.learned().values()) + 20_000 < 2e6
 
 
 def test_holdout_reports_zero_shot_and_tuned_accuracy_on_pictures_kept_back(fit, folder):
-    _, said = fit(folder, "--holdout", 15, "--method", "clip-lora", "--steps", 10, "--lr", "1e-3")
-    zero_shot, tuned = (line for line in said.splitlines() if "held out" in line)
-    assert "fitting clip-lora on 30 pictures of 6 classes" in said and "90 pictures" in zero_shot and "90 pictures" in tuned
-    assert zero_shot.startswith("zero-shot: ") and tuned.startswith("clip-lora: ")
-    assert 100 / 6 < float(zero_shot.split()[1]) < float(tuned.split()[1]) <= 100
+    _, _, said = fit(folder, "--holdout", 15, "--method", "clip-lora", "--steps", 10, "--lr", "1e-3")
+    zero_shot, tuned = (line.split() for line in said.splitlines() if "90 pictures" in line)
+    assert "fitting clip-lora on 30 pictures of 6 classes" in said and zero_shot[0] == "zero-shot:" and tuned[0] == "clip-lora:"
+    assert 100 / 6 < float(zero_shot[1]) < float(tuned[1]) <= 100
 
 
 @pytest.mark.parametrize("method", ["clip-lora", "atha", "svl"])
-def test_three_pictures_at_a_time_give_the_full_batch_result_without_dropout(fit, fitted, pictures, method):
-    for batch in (100, 3):
-        _, said = fit(pictures, "--method", method, "--dropout", 0, "--batch", batch)
-        assert ("3 of 24 pictures at a time" in said) == (batch == 3)
-    whole, chunked = fitted
+def test_three_pictures_at_a_time_give_the_full_batch_result_without_dropout(fit, pictures, method):
+    (_, whole, at_once), (_, chunked, in_parts) = (fit(pictures, "--method", method, "--dropout", 0, "--batch", n) for n in (100, 3))
+    assert "3 of 24 pictures at a time" in in_parts and "at a time" not in at_once
     same(chunked.losses, whole.losses)
     same(chunked.logits(prepared(pictures)), whole.logits(prepared(pictures)))
 
 
 def test_a_folder_of_class_folders_gives_accuracy_and_a_confusion_matrix_that_sum_up(run, fit, pictures):
     (pictures / "ring" / "03.png").unlink()
-    saved, _ = fit(pictures, "--method", "zero-shot")
-    code, out, _ = run("--predict", saved, pictures, "--json")
-    *rows, total = rows_of(out)
+    saved, _, _ = fit(pictures, "--method", "zero-shot")
+    code, (*rows, total), _ = run("--predict", saved, pictures, "--json")
     pairs = [(row["picture"].split("/")[-2], row["class"]) for row in rows]
     assert code == 0 and total["pictures"] == len(rows) == 23 and total["classes"] == CLASSES
     assert total["accuracy"] == pytest.approx(100 * sum(true == said for true, said in pairs) / 23)
@@ -118,20 +102,20 @@ def test_a_folder_of_class_folders_gives_accuracy_and_a_confusion_matrix_that_su
 
 
 def test_pictures_that_cannot_be_read_are_named_and_skipped_and_the_exit_code_is_1(run, fit, pictures, tmp_path):
-    saved, _ = fit(pictures, "--method", "zero-shot")
+    saved, _, _ = fit(pictures, "--method", "zero-shot")
     missing, cut, text = broken = tmp_path / "missing.png", pictures / "ring" / "00.png", pictures / "ring" / "01.png"
     cut.write_bytes(cut.read_bytes()[:500])
     text.write_text("not a picture")
-    code, out, err = run("--predict", saved, pictures, missing, "--json")
-    assert code == 1 and len(rows_of(out)) == 22 + 1 and rows_of(out)[-1]["pictures"] == 22
+    code, rows, err = run("--predict", saved, pictures, missing, "--json")
+    assert code == 1 and len(rows) == 22 + 1 and rows[-1]["pictures"] == 22
     assert len(err) == 3 and all(sum(str(path) in line for line in err) == 1 for path in broken)
 
 
-def test_prompt_and_names_make_the_texts_of_the_classes(fit, fitted, pictures, toy, tmp_path):
+def test_prompt_and_names_make_the_texts_of_the_classes(fit, pictures, toy, tmp_path):
     (tmp_path / "names.json").write_text('{"ring": "Hula-Hoop, für Kinder"}', encoding="utf-8")
-    saved, _ = fit(pictures, "--method", "zero-shot", "--prompt", "ein {}.", "--names", tmp_path / "names.json")
+    saved, before, _ = fit(pictures, "--method", "zero-shot", "--prompt", "ein {}.", "--names", tmp_path / "names.json")
     rows = toy[1](["ein circle.", "ein cross.", "ein Hula-Hoop, für Kinder.", "ein square.", "ein star.", "ein triangle."], 40)
-    for learner in (fitted[0], train.load_tuned(saved, *toy)):
+    for learner in (before, train.load_tuned(saved, *toy)):
         assert torch.equal(learner.token_ids, rows[None, :, : learner.token_ids.shape[-1]])
 
 
@@ -142,51 +126,45 @@ def test_prompt_and_names_make_the_texts_of_the_classes(fit, fitted, pictures, t
 def test_unusual_folders_and_names_beyond_ascii_work_and_so_do_duplicates(run, fit, pictures, tmp_path, counts, options):
     source = sorted(pictures.rglob("*.png"))
     for label, count in enumerate(counts):
-        (tmp_path / "own" / f"Blatt 葉 {label} ☘ é").mkdir(parents=True)
+        (tmp_path / "own" / f"Blatt 葉 {label} ☘").mkdir(parents=True)
         for i in range(count):
-            shutil.copy(source[(label + i) % 8], tmp_path / "own" / f"Blatt 葉 {label} ☘ é" / f"{i}.png")
-    saved, _ = fit(tmp_path / "own", *options.split())
+            shutil.copy(source[(label + i) % 8], tmp_path / "own" / f"Blatt 葉 {label} ☘" / f"{i}.png")
+    fit(tmp_path / "own", *options.split())
     for what, lines in ((tmp_path / "own", sum(counts) + 1), (source[0], 1)):
-        code, out, _ = run("--predict", saved, what, "--json")
-        assert code == 0 and len(rows_of(out)) == lines and rows_of(out)[0]["class"].startswith("Blatt 葉 ")
+        code, rows, _ = run("--predict", tmp_path / "saved", what, "--json")
+        assert code == 0 and len(rows) == lines and rows[0]["class"].startswith("Blatt 葉 ")
 
 
 def test_a_saved_model_refuses_other_weights_naming_both(run, fit, pictures, tmp_path):
-    saved, _ = fit(pictures, "--method", "zero-shot")
+    saved, _, _ = fit(pictures, "--method", "zero-shot")
     with safe_open(TOY_CLIP, "pt") as file:
         save_file(load_file(TOY_CLIP) | {"logit_scale": torch.ones(())}, tmp_path / "other", file.metadata())
     code, out, err = run("--predict", saved, pictures, "--weights", tmp_path / "other")
-    assert code == 2 and out == "" and len(err) == 1
-    assert all(clip_min.load(weights)[0].fingerprint in err[0] for weights in (TOY_CLIP, tmp_path / "other"))
-
-
-FIT = "--fit {pictures} --save {tmp}/new --steps 3 "
+    assert (code, out, len(err)) == (2, "", 1) and all(clip_min.load(w)[0].fingerprint in err[0] for w in (TOY_CLIP, tmp_path / "other"))
 
 
 @pytest.mark.parametrize("arguments, said", [
     ("--fit {tmp}/one --save {tmp}/new", "one class"), ("--fit {tmp}/empty --save {tmp}/new", "{tmp}/empty"),
-    ("--fit {tmp}/nowhere --save {tmp}/new", "{tmp}/nowhere"), ("--fit {tmp}/bad --save {tmp}/new", "{tmp}/bad/b/0.png"),
+    ("--fit {tmp}/nowhere --save {tmp}/new", "{tmp}/nowhere"), ("--fit {tmp}/bad --save {tmp}/new", "{tmp}/bad/ring/00.png"),
     ("--fit {pictures}", "--save"), (FIT + "--method atha tir", "one method"), (FIT + "--method all", "one method"),
-    (FIT + "--names {tmp}/nowhere", "{tmp}/nowhere"), (FIT + "--names {tmp}/bad/b/0.png", "bad/b/0.png"),
-    (FIT + "--names {tmp}/[1]", "{tmp}/[1]"), (FIT + '--names {tmp}/{{"ring":3}}', '{tmp}/{{"ring":3}}'),
-    (FIT + '--names {tmp}/{{"rnig":"hoop"}}', "'rnig'"), (FIT + "--prompt photo", "{{}}"), (FIT + "--holdout 4", "--holdout"),
-    (FIT + "--holdout -1", "--holdout"), (FIT + "--steps 0", "--steps"), (FIT + "--batch -1", "--batch"),
-    (FIT + "--save {tmp}/bare/new", "cannot write {tmp}/bare/new"), (FIT + "--save {pictures}", "cannot write {pictures}"),
-    ("--predict {tmp}/nowhere {pictures}", "{tmp}/nowhere"), ("--predict {pictures} {pictures}", "{pictures}"),
-    ("--predict {clip} {pictures}", "{clip}"), ("--predict {tmp}/bare {pictures}", "{tmp}/bare"),
+    (FIT + "--names {tmp}/nowhere", "{tmp}/nowhere"), (FIT + "--names {tmp}/bad/ring/00.png", "00.png"), (FIT + "--names {tmp}/[1]", "[1]"),
+    (FIT + '--names {tmp}/{{"ring":3}}', '{{"ring":3}}'), (FIT + '--names {tmp}/{{"rnig":"hoop"}}', "'rnig'"),
+    (FIT + "--prompt photo", "{{}}"), (FIT + "--holdout 4", "--holdout"), (FIT + "--holdout -1", "--holdout"),
+    (FIT + "--steps 0", "--steps"), (FIT + "--batch -1", "--batch"), (FIT + "--save {pictures}", "cannot write {pictures}"),
+    (FIT + "--save {tmp}/bare/new", "cannot write {tmp}/bare/new"), ("--predict {tmp}/nowhere {pictures}", "{tmp}/nowhere"),
+    ("--predict {pictures} {pictures}", "{pictures}"), ("--predict {clip} {pictures}", "{clip}"), ("--predict {tmp}/bare x.png", "bare"),
     ("--predict {tmp}/half {pictures}", "{tmp}/half"), ("--predict {tmp}/saved {tmp}/empty", "pictures")])
 def test_what_cannot_be_done_is_said_in_one_line(run, fit, pictures, tmp_path, arguments, said):
-    for name in ("empty", "bad/b"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("one/ring", "bad/a"):
-        shutil.copytree(pictures / "ring", tmp_path / name)
-    for name in ("[1]", '{"ring":3}', '{"rnig":"hoop"}', "bad/b/0.png"):   # files that hold their own names
+    shutil.copytree(pictures / "ring", tmp_path / "one" / "ring")
+    shutil.copytree(pictures, tmp_path / "bad")
+    (tmp_path / "empty").mkdir()
+    for name in ("[1]", '{"ring":3}', '{"rnig":"hoop"}', "bad/ring/00.png"):   # files that hold their own names
         (tmp_path / name).write_text(name)
     save_file({"weight": torch.ones(2)}, tmp_path / "bare")
     if "saved" in arguments or "half" in arguments:
         with safe_open(fit(pictures, "--method", "clip-lora", "--steps", 1)[0], "pt") as file:
             save_file({name: file.get_tensor(name) for name in list(file.keys())[1:]}, tmp_path / "half", file.metadata())
     known = {"tmp": tmp_path, "pictures": pictures, "clip": TOY_CLIP}
-    code, out, err = run(*(argument.format(**known) for argument in arguments.split()))
+    code, out, err = run(*(part.format(**known) for part in arguments.split()))
     assert code == 2 and out == "" and len(err) == 1 and err[0].startswith("train.py: error: "), (code, out, err)
     assert said.format(**known) in err[0] and "object has no attribute" not in err[0]

@@ -47,7 +47,7 @@ def test_your_own_pictures(reader, monkeypatch, capsys):
     for command in [c for c in COMMANDS if "--fit" in c or "--predict" in c]:
         assert train.main([*shlex.split(command)[2:], "--weights", "vit-b-16.safetensors"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"zero-shot: [\d.]+ %.*\natha: [\d.]+ %", said) and "accuracy" in said
+    assert re.search(r"zero-shot: +[\d.]+ %.*\natha: +[\d.]+ %", said) and "accuracy" in said
 
 
 @pytest.mark.parametrize("code", [block for kind, block in BLOCKS if kind == "python"])
