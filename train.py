@@ -766,6 +766,8 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.fit, args.predict and args.predict[0])):          # a slip of the pen should not cost a download
         if not Path(path).exists():
             raise UsageError(f"there is no {path}")
+    if device.type == "cpu":
+        multiply_fast()
     args.compile = args.compile and compile_works(device)
     weights = args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
     clip, tokenizer = clip_min.load(weights, device, getattr(torch, args.precision))
@@ -792,6 +794,18 @@ def run(args: argparse.Namespace) -> int:
     if first and len(cells) > 1:
         print(markdown(cells))
     return 0
+
+
+def multiply_fast() -> None:
+    """Let oneDNN multiply float32 matrices where that is still float32: on AMD's CPUs it is twice as fast as MKL.
+
+    The switch is named for bfloat16, and on CPUs with matrix units it does round: there it is set back.
+    """
+    torch.set_float32_matmul_precision("medium")
+    a, b = torch.randn(2, 512, 512, generator=generator("multiply"))
+    exact = a.double() @ b.double()
+    if (a @ b - exact).norm() > 1e-6 * exact.norm():
+        torch.set_float32_matmul_precision("highest")
 
 
 def compile_works(device: torch.device) -> bool:

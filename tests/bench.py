@@ -103,8 +103,7 @@ class Bench:
                 memory = torch.cuda.max_memory_allocated() if self.cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 rate = pictures / median(laps)
                 found[shot] += [(rate, episodes, before)] if way == 5 else []
-                share = 200 * rate * flops(VIT) / self.peak
-                print(f"| {way} x {shot} | {episodes} | {pictures} | {1000 * median(laps):.1f} | {rate:.4g} | {share:.0f} % | {memory / 1e9:.1f} |", flush=True)
+                print(f"| {way} x {shot} | {episodes} | {pictures} | {1000 * median(laps):.1f} | {rate:.4g} | {200 * rate * flops(VIT) / self.peak:.0f} % | {memory / 1e9:.1f} |", flush=True)
         return found
 
     def methods(self, names: list[str], episodes: int) -> None:
@@ -157,6 +156,8 @@ def main() -> None:
     cuda, cpuinfo = args.device.type == "cuda", Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)|$", cpuinfo.read_text() if cpuinfo.exists() else "")[1] or platform.processor()
     print(f"{torch.cuda.get_device_name() + ', ' if cuda else ''}{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    if not cuda:
+        train.multiply_fast()
     bench = Bench(args, precision := args.precision or ("bfloat16" if cuda else "float32"))
     print(f"ViT-B/16 in {precision}, {flops(VIT) / 1e9:.1f} GFLOP a picture; matrix products reach {bench.peak / 1e12:.3g} TFLOP/s")
     bench.train("clip-lora", 1, 5, 1, 1)                                           # what is set up but once
