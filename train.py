@@ -222,6 +222,8 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     episodes, ways, device = len(support), token_ids.shape[1], support.device
     if not learner.on:
         return learner
+    if recipe.minibatch and "ra" in learner.on:
+        raise UsageError("--minibatch does not go with RA, which compares each step's pictures with those of the step before")
     adapters = learner.lora()
     generators = [generator("learner", seed) for seed in (range(episodes) if seeds is None else seeds)]
     with torch.no_grad():
@@ -692,21 +694,21 @@ TABLE = ("zero-shot", "clip-lora", "atha", "tir", "svl")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", description=SHORT_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --dataset NAME [--shot N] [--method NAME] [options]\n       train.py --fit FOLDER --save FILE [options]\n       train.py --predict FILE PICTURE_OR_FOLDER ...", description=SHORT_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help=f"{', '.join(DATASETS)}, all of these, toy, or a folder of class folders")
-    parser.add_argument("--shot", nargs="+", type=int, default=[1], help="labelled pictures a class (default 1)")
+    parser.add_argument("--shot", nargs="+", type=int, metavar="N", default=[1], help="labelled pictures a class (default 1)")
     parser.add_argument("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)}; some joined with +; or all: {', '.join(TABLE)} (default atha)")
     parser.add_argument("--recipe", default="paper", choices=["paper", "released", *list(RECIPES)[1:]], help="released: the trainer that the method came with (default paper)")
-    parser.add_argument("--episodes", type=int, help="default 800 at 1 shot, 400 otherwise, 100 on toy")
-    parser.add_argument("--way", type=int, default=5, help="classes an episode (default 5)")
-    parser.add_argument("--query", type=int, default=15, help="query pictures a class (default 15)")
-    parser.add_argument("--seed", type=int, default=1, help="draws the episodes and all chance in them (default 1)")
+    parser.add_argument("--episodes", type=int, metavar="N", help="default 800 at 1 shot, 400 otherwise, 100 on toy")
+    parser.add_argument("--way", type=int, metavar="N", default=5, help="classes an episode (default 5)")
+    parser.add_argument("--query", type=int, metavar="N", default=15, help="query pictures a class (default 15)")
+    parser.add_argument("--seed", type=int, metavar="N", default=1, help="draws the episodes and all chance in them (default 1)")
     parser.add_argument("--data", default="datasets", metavar="DIR", help="where the datasets are (default datasets)")
     parser.add_argument("--weights", metavar="FILE", help="our safetensors, a Hugging Face folder or OpenAI's .pt (default ViT-B/16, downloaded once; toy has its own)")
     parser.add_argument("--out", default="results", metavar="DIR", help="one JSON line an episode goes here; a rerun goes on from it (default results)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default cuda where there is one)")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of the frozen weights and the arithmetic (default bfloat16 on CUDA, else float32)")
-    parser.add_argument("--batch", type=int, help="episodes at once; with --fit: pictures at once (default from free memory)")
+    parser.add_argument("--batch", type=int, metavar="N", help="episodes at once; with --fit: pictures at once (default from free memory)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the vision tower's blocks")
     parser.add_argument("--probe", action="store_true", help="after a run, a table of what changed inside, by block")
     parser.add_argument("--draw", metavar="FILE.png", help="after a run, a picture of head and tail patches")
@@ -720,9 +722,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     own.add_argument("--json", action="store_true", help="--predict prints JSON lines")
     group = parser.add_argument_group("recipe (defaults shown are the paper's)")
     choices = {"augment": ["none", "crop", "views"], "text_to_tokens": ["paper", "released"], "ra": ["paper", "released"]}
+    kinds = {"bool": {"action": argparse.BooleanOptionalAction}, "tuple[int, ...]": {"type": int, "nargs": "+", "metavar": "N"},
+             "int": {"type": int, "metavar": "N"}, "float": {"type": float, "metavar": "X"}, "str": {"metavar": "TEXT"}}
     for f in fields(Recipe):
-        kind = {"bool": {"action": argparse.BooleanOptionalAction}, "tuple[int, ...]": {"type": int, "nargs": "+"}}.get(
-            f.type, {"type": {"int": int, "float": float, "str": str}.get(f.type), "choices": choices.get(f.name)})
+        kind = {"choices": choices[f.name]} if f.name in choices else kinds[f.type]
         group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({f.default})", **kind)
     if not argv:
         parser.exit(0, SHORT_HELP)
@@ -733,8 +736,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.dataset or args.fit or args.predict):
         parser.error("give --dataset, --fit or --predict")
-    for name, least in {"batch": 1, "steps": 1, "rank": 1, "holdout": 0}.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
+    for name, least in {"way": 1, "query": 1, "shot": 1, "episodes": 1, "batch": 1, "steps": 1, "rank": 1, "minibatch": 0, "holdout": 0}.items():
+        given = getattr(args, name)
+        if given is not None and min(given if isinstance(given, list) else [given]) < least:
             parser.error(f"--{name} must be at least {least}")
     args.dataset = list(DATASETS) if args.dataset == ["all"] else args.dataset or []
     default = ["zero-shot", "atha"] if args.dataset == ["toy"] else ["atha"]

@@ -131,7 +131,7 @@ def wait_for(true, seconds: float = 60):
 
 def test_killed_at_random_moments(world, fork, tmp_path):
     """At least 20 kills, in the decoding too, 5 or more among the episodes: run again, nothing is lost or done twice."""
-    chance, kills, midway, rounds, longest = random.Random(0), 0, 0, 0, 1.2 * world.seconds
+    chance, kills, midway, rounds, longest = random.Random(0), 0, 0, 0, 0.8 * world.seconds
     while kills < 20 or midway < 5:
         out, finished, rounds = tmp_path / f"out{rounds}", False, rounds + 1
         while not finished:
@@ -239,11 +239,11 @@ def episodes(world, tmp_path, monkeypatch):
 
 
 def test_same_command_twice(episodes):
-    """Dropout and augmentation on: the same but for times; another seed: other episodes."""
-    chance = ["--dropout", 0.25, "--augment", "crop", "--episodes", 6]
-    one, two, other = ([r | {"seconds": 0} for r in episodes(*chance, *seed).values()] for seed in ((), (), ("--seed", 2)))
-    assert one == two
-    assert not {r["loss"] for r in one} & {r["loss"] for r in other}
+    """With dropout and augmentation: the same but for times. Another seed: other pictures, which zero-shot tells apart."""
+    one, two = (episodes("--dropout", 0.25, "--augment", "crop", "--episodes", 6) for _ in range(2))
+    assert [r | {"seconds": 0} for r in one.values()] == [r | {"seconds": 0} for r in two.values()]
+    one, two = (episodes("--method", "zero-shot", "--seed", seed) for seed in (1, 2))
+    assert [r["accuracy"] for r in one.values()] != [r["accuracy"] for r in two.values()]
 
 
 @pytest.mark.parametrize("method", ["atha+tir", "svl"])
@@ -460,7 +460,8 @@ def test_merges_that_cannot_be_used(tmp_path):
     """Cut short, garbled, or too few: with ids shifted, CLIP would go wrong without a word."""
     packed = gzip.compress("#version\n".encode() + b"".join(b"%c %c\n" % (a, b) for a in range(97, 120) for b in range(97, 120)))
     weights = load_file(TOY_CLIP)
-    save_file({**weights, "token_embedding.weight": torch.zeros(514 + 30, weights["token_embedding.weight"].shape[1])}, tmp_path / "model.safetensors")
+    weights["token_embedding.weight"] = torch.zeros(514 + 30, weights["token_embedding.weight"].shape[1])
+    save_file(weights, tmp_path / "model.safetensors")
     for content in (packed[:40], packed[:30] + b"\xff" * 9 + packed[39:], b"\xff" * 40, b"#version\na b\nc d\n"):
         (tmp_path / "merges.txt").write_bytes(content)
         with pytest.raises(clip_min.WeightsError, match="merges"):
@@ -482,7 +483,8 @@ def one(mode: str, colour, size=(30, 20)):
 
 
 ODD = {    # how to make it, and the mean colour that it must have
-    "grey.jpg": (one("L", 100), (100, 100, 100)), "bits.png": (one("1", 1), (255, 255, 255)), "grey-alpha.png": (one("LA", (50, 255)), (50, 50, 50)),
+    "grey.jpg": (one("L", 100), (100, 100, 100)), "bits.png": (one("1", 1), (255, 255, 255)),
+    "grey-alpha.png": (one("LA", (50, 255)), (50, 50, 50)),
     "palette.png": (lambda path: Image.new("RGB", (9, 9), (200, 30, 40)).quantize().save(path), (200, 30, 40)),
     "alpha.png": (one("RGBA", (200, 30, 40, 255)), (200, 30, 40)), "cmyk.jpg": (one("CMYK", (0, 255, 255, 0)), (254, 0, 0)),
     "sixteen.png": (one("I;16", 25617), (100, 100, 100)), "sixteen.tif": (one("I;16", 25617), (100, 100, 100)),
@@ -527,7 +529,7 @@ def test_what_is_no_picture_is_left_out(tmp_path, capsys):
     folder = draw_pictures(tmp_path / "pictures", classes=2, each=2)
     for name in ("empty", "words", ".git", "circle/inner.jpg"):
         (folder / name).mkdir()
-    for name in ("circle/.hidden.jpg", "circle/._00.png", "circle/Thumbs.db", "circle/notes.txt", "words/readme.md", ".git/x.png", "stray.png"):
+    for name in ("circle/.hidden.jpg", "circle/._00.png", "circle/Thumbs.db", "circle/a.txt", "words/b.md", ".git/x.png", "stray.png"):
         (folder / name).write_text("no picture")
     pool = data.load(str(folder))
     assert pool.classes == ["circle", "square"] and pool.labels.tolist() == [0, 0, 1, 1]
@@ -546,7 +548,8 @@ def isic(root: Path) -> Path:
         folder.mkdir(parents=True)
     for i in range(7):
         Image.new("RGB", (8, 8)).save(root / "ISIC2018_Task3_Training_Input" / f"ISIC_{i}.jpg")
-    return table(truth / f"{truth.name}.csv", [["image", *data.ISIC], *([f"ISIC_{i}", *(float(i == j) for j in range(7))] for i in range(7))])
+    rows = [[f"ISIC_{i}", *(float(i == j) for j in range(7))] for i in range(7)]
+    return table(truth / f"{truth.name}.csv", [["image", *data.ISIC], *rows])
 
 
 def chestx(root: Path) -> Path:
@@ -625,7 +628,7 @@ FEW, TOYS = ["--dataset", "toy", *QUICK], ["--weights", TOY_CLIP]
 BAD = {    # arguments, words that must be in the one line
     "method": (["--dataset", "toy", "--method", "nonsense"], ["'nonsense'", "clip-lora", "atha-push"]),
     "joined": (["--dataset", "toy", "--method", "zero-shot+atha"], ["zero-shot+atha"]),
-    "dataset": (["--dataset", "nonsense"], ["'nonsense'", "eurosat", "chestx"]),                     # before weights are fetched for it
+    "dataset": (["--dataset", "nonsense"], ["'nonsense'", "eurosat", "chestx"]),       # said before weights are fetched for it
     "one dataset of two": ([*FEW, "--dataset", "toy", "nonsense"], ["'nonsense'", "eurosat"]),
     "chestx not there": (["--dataset", "chestx", "--data", "{tmp}"], ["{tmp}/ChestX", "nih-chest-xrays"]),
     "cropdiseases half there": (["--dataset", "cropdiseases", "--data", "{tmp}/half", *TOYS], ["{tmp}/half/CropDiseases/train"]),
@@ -683,10 +686,11 @@ def test_no_network_and_nothing_written_elsewhere(tmp_path):
     for name in ("home", "tmp", "work"):
         (tmp_path / name).mkdir()
     before = set(tmp_path.rglob("*"))
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPO), **BARE, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
+    environment = {**BARE, "PATH": os.environ["PATH"], "PYTHONPATH": str(REPO),
+                   "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
     run = subprocess.run([sys.executable, "-c", GUARD, str(tmp_path / "data"), "--weights", str(TOY_CLIP), *QUICK, "--episodes", "2"],
                          cwd=tmp_path / "work", capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     new = [p.relative_to(tmp_path).as_posix() for p in set(tmp_path.rglob("*")) - before if p.is_file()]
-    places = {next((place for place in ("work/results/", "home/.cache/atha/", "data/CropDiseases/.cropdiseases") if name.startswith(place)), name) for name in new}
-    assert places == {"work/results/", "home/.cache/atha/", "data/CropDiseases/.cropdiseases"}
+    places = ("work/results/", "home/.cache/atha/", "data/CropDiseases/.cropdiseases")
+    assert {next((place for place in places if name.startswith(place)), name) for name in new} == set(places)
