@@ -12,8 +12,9 @@ adapter can wrap each. Source: Radford et al. 2021 and OpenAI's released weights
 """
 from __future__ import annotations
 
-import argparse, gzip, hashlib, html, http.client, json, os, re, sys, urllib.request, warnings
-from collections.abc import Callable, Sequence
+import argparse, fcntl, gzip, hashlib, html, http.client, json, os, re, sys, urllib.request, warnings, zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -241,7 +242,7 @@ def read_merges(path: str | Path, count: int = OPENAI_VOCAB - 514) -> list[str]:
     try:
         data = Path(path).read_bytes()
         lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         raise WeightsError(f"cannot read the merges file {path}: {e}") from e
     return [line for line in lines[1: count + 1] if line]
 
@@ -297,13 +298,19 @@ def _read(path: Path, merges: str | Path | None) -> tuple[dict[str, Tensor], lis
         reason = str(e).strip().splitlines()[0]
         raise WeightsError(f"cannot read {file}: neither whole safetensors nor a TorchScript archive ({reason})") from e
     weights = _our_names(weights)
-    vocab = CLIPConfig.from_weights(weights).vocab
+    try:
+        vocab = CLIPConfig.from_weights(weights).vocab
+    except WeightsError as e:
+        raise WeightsError(f"{file}: {e}") from e
     if merges is None and lines is not None:
         return weights, lines.splitlines()
     merges = merges or next((p for p in (folder / "merges.txt", folder / MERGES_FILE) if p.exists()), None)
     if vocab == OPENAI_VOCAB and merges is None:
         merges = download(MERGES_URL, CACHE / MERGES_FILE, MERGES_SHA256)
-    return weights, read_merges(merges, vocab - 514) if merges and vocab > 514 else []
+    lines = read_merges(merges, vocab - 514) if merges and vocab > 514 else []
+    if lines and len(lines) + 514 != vocab:
+        raise WeightsError(f"{merges or path} holds {len(lines)} merges, the weights need {vocab - 514}")
+    return weights, lines
 
 
 def _build(weights: dict[str, Tensor], source: str) -> CLIP:
@@ -360,39 +367,53 @@ def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str
 
 def _vit_b16() -> Path:
     kept = CACHE / "ViT-B-16.safetensors"
-    if not kept.exists():
-        archive = download(VIT_B16_URL, CACHE / "ViT-B-16.pt", VIT_B16_SHA256)
-        convert(archive, kept)
-        archive.unlink()
+    with locked(kept):
+        if not kept.exists():
+            archive = download(VIT_B16_URL, CACHE / "ViT-B-16.pt", VIT_B16_SHA256)
+            convert(archive, kept)
+            archive.unlink()
     return kept
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Of several processes that want to make a file, the second waits for the first."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(f"{target}.lock", "a")
+    except OSError as e:
+        raise WeightsError(f"cannot write {target}: {e}") from e
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def download(url: str, target: Path, sha256: str) -> Path:
     """Fetch url to target unless it is there. Says so, shows progress; leaves nothing half-written. Raises WeightsError."""
-    if target.exists():
-        return target
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    print(f"downloading {url} to {target}", file=sys.stderr)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        digest, done = hashlib.sha256(), 0
-        with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            while chunk := response.read(1 << 20):
-                file.write(chunk)
-                digest.update(chunk)
-                done += len(chunk)
-                print(f"\r{done / 1e6:8.1f} MB of {total / 1e6:.1f}", end="", file=sys.stderr)
-        print(file=sys.stderr)
-        if done < total:
-            raise WeightsError(f"the download of {url} broke off after {done} of {total} bytes: run the command again")
-        if digest.hexdigest() != sha256:
-            raise WeightsError(f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: nothing was kept")
-        os.replace(part, target)
-    except (OSError, http.client.HTTPException) as e:
-        raise WeightsError(f"cannot download {url} ({e}): fetch it on another machine and put it at {target}") from e
-    finally:
-        part.unlink(missing_ok=True)
+    part, digest, done = target.with_name(f"{target.name}.part"), hashlib.sha256(), 0
+    with locked(target):
+        if target.exists():
+            return target
+        print(f"downloading {url} to {target}", file=sys.stderr)
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
+                total = int(response.headers.get("Content-Length") or 0)
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    done += len(chunk)
+                    print(f"\r{done / 1e6:8.1f} MB of {total / 1e6:.1f}", end="", file=sys.stderr)
+            print(file=sys.stderr)
+            if done < total:
+                raise WeightsError(f"the download of {url} broke off after {done} of {total} bytes: run the command again")
+            if digest.hexdigest() != sha256:
+                raise WeightsError(f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: nothing was kept")
+            os.replace(part, target)
+        except (OSError, ValueError, http.client.HTTPException) as e:
+            reason = " ".join(str(e).split()) or repr(e)
+            raise WeightsError(f"cannot download {url} ({reason}): fetch it on another machine and put it at {target}") from e
+        finally:
+            part.unlink(missing_ok=True)
     return target
 
 

@@ -78,6 +78,7 @@ EUROSAT = {"AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous
 ISIC = {"MEL": "Melanoma", "NV": "Melanocytic Nevus", "BCC": "Basal Cell Carcinoma", "AKIEC": "Actinic Keratosis",
         "BKL": "Benign Keratosis", "DF": "Dermatofibroma", "VASC": "Vascular Lesion"}
 CHESTX = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumothorax"]
+OTHER_FINDINGS = ["No Finding", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Hernia", "Pleural_Thickening", "Pneumonia"]
 ISIC_URL = "https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task3_Training_"
 
 
@@ -85,6 +86,8 @@ def list_folders(root: Path) -> Listing:
     """A folder of class folders. Hidden files and what is no picture are left out; empty class folders are named."""
     def visible(folder: Path) -> list[Path]:
         return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    if not root.is_dir():
+        raise DataError(f"no folder {root}: it should hold class folders")
     found = {f.name: [p for p in visible(f) if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()] for f in visible(root) if f.is_dir()}
     if empty := [name for name, pictures in found.items() if not pictures]:
         print(f"left out, no pictures in: {', '.join(empty)}", file=sys.stderr)
@@ -112,9 +115,13 @@ def list_isic(root: Path) -> Listing:
 def list_chestx(root: Path) -> Listing:
     """Only pictures with exactly one finding, of the seven."""
     table = root / "Data_Entry_2017.csv"
+    table_rows = read_table(table, ["Image Index", "Finding Labels"])
+    for row in table_rows:
+        if unknown := set((row["Finding Labels"] or "").split("|")) - {*CHESTX, *OTHER_FINDINGS}:
+            raise DataError(f"{table}: {row['Image Index']} has an unknown finding {min(unknown)!r}")
     where = {p.name: p for folder in ("images", "images_*/images") for p in root.glob(f"{folder}/*.png")}
     rows = [(where.get(row["Image Index"], root / "images" / row["Image Index"]), [row["Finding Labels"]])
-            for row in read_table(table, ["Image Index", "Finding Labels"]) if row["Finding Labels"] in CHESTX]
+            for row in table_rows if row["Finding Labels"] in CHESTX]
     return by_label(rows, CHESTX, table)
 
 
@@ -125,7 +132,7 @@ def read_table(table: Path, columns: list[str]) -> list[dict[str, str]]:
             if missing := [c for c in columns if c not in (reader.fieldnames or [])]:
                 raise DataError(f"{table} has no column {missing[0]!r}")
             return list(reader)
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError(f"cannot read {table}: {e}") from e
 
 
@@ -160,24 +167,31 @@ DATASETS = {    # folder under --data, cached pixels a side, how to list it, how
 }
 
 
+def check(name: str, root: str | Path = "datasets") -> None:
+    """Raises DataError where `load` is sure to: before anything is fetched for it."""
+    if name in DATASETS:
+        directory, _, _, source = DATASETS[name]
+        if isinstance(source, str) and not (Path(root) / directory).is_dir():
+            raise DataError(f"{name} is not at {Path(root) / directory}; get it with {source}")
+    elif name != "toy" and not Path(name).is_dir():
+        raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}, toy, or give a folder of class folders")
+
+
 def load(name: str, root: str | Path = "datasets") -> Pool:
     """The dataset called `name` under root, fetched at need; or "toy"; or the folder of class folders at the path `name`.
 
     Raises DataError: unknown name, dataset not found, no network, a picture that cannot be decoded, a broken table.
     """
+    check(name, root)
     if name == "toy":
         images, labels = toy_pictures(200)
         return Pool(images, labels, list(TOY_CLASSES), "toy")
     if name not in DATASETS:
         folder = Path(name)
-        if not folder.is_dir():
-            raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}, toy, or give a folder of class folders")
         return cached(list_folders(folder), folder, 256, [CACHE / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}-256.safetensors"])
     directory, size, listing, source = DATASETS[name]
     folder = Path(root) / directory
     if not folder.is_dir():
-        if isinstance(source, str):
-            raise DataError(f"{name} is not at {folder}; get it with {source}")
         fetch(name, folder, source)
     file = f"{name}-{size}.safetensors"
     return cached(listing(folder), folder, size, [folder / f".{file}", CACHE / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}-{file}"])
@@ -206,9 +220,9 @@ def decode(path: str | Path, size: int) -> Tensor:
             warnings.simplefilter("ignore")                               # Pillow's advice about palettes is not for our user
             image = ImageOps.exif_transpose(Image.open(path))
             if image.mode.startswith("I"):                                # 16 bits a pixel: Pillow's own conversion would clip
-                image = image.point(lambda value: value * (1 / 256)).convert("L")
+                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             return pil_to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)).contiguous()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:                                                # Pillow's readers raise all sorts: struct.error, KeyError, ...
         raise DataError(f"cannot decode {path}: {e}") from e
 
 
@@ -253,8 +267,8 @@ def cached(listing: Listing, root: Path, size: int, places: list[Path]) -> Pool:
 def open_cache(place: Path, fingerprint: str) -> Pool | None:
     try:
         with safe_open(place, "pt") as file:                             # maps the file: pictures are read when first indexed
-            metadata = file.metadata()
-            if metadata["fingerprint"] == fingerprint:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") == fingerprint:
                 return Pool(file.get_tensor("images"), file.get_tensor("labels"), json.loads(metadata["classes"]), fingerprint)
     except (OSError, SafetensorError):                                   # not there, or cut short
         pass

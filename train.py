@@ -315,16 +315,21 @@ class Results:
 
     def __init__(self, stem: Path, header: dict, rank: int = 0):
         self.stem, self.header = stem, json.loads(json.dumps(header))
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        self.done = self.read()
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UsageError(f"cannot write to {stem.parent}: {e}") from e
         self.file = stem.with_name(f"{stem.name}.part{rank}.jsonl").open("a+b")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise UsageError(f"{self.file.name}: another run is writing it") from e
+        self.done = self.read()
         self.file.seek(0)
         self.file.truncate(self.file.read().rfind(b"\n") + 1)             # a killed run may have left half a line
-        if self.file.seek(0, os.SEEK_END) == 0:
+        self.file.seek(0)
+        if len(self.file.readlines()) < 2:
+            self.file.truncate(0)
             self.append([self.header])
 
     def read(self) -> dict[int, dict]:
@@ -332,7 +337,7 @@ class Results:
         done = {}
         for part in sorted(self.stem.parent.glob(glob.escape(self.stem.name) + ".part*.jsonl")):
             lines = [json.loads(line) for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            for key in self.header if lines else ():
+            for key in self.header if len(lines) > 1 else ():        # a first line alone is of a run that failed
                 if lines[0].get(key) != self.header[key]:
                     raise UsageError(f"{part} was made with {describe(key, lines[0].get(key), self.header[key])}; "
                                      "give another --out, or remove it")
@@ -347,8 +352,8 @@ class Results:
 def describe(key: str, old: object, new: object) -> str:
     """The first difference of two header fields, in words."""
     if isinstance(old, dict):
-        key = next(k for k in new if old.get(k) != new[k])
-        old, new = old.get(key), new[key]
+        key = next(k for k in {**new, **old} if old.get(k) != new.get(k))
+        old, new = old.get(key), new.get(key)
     return f"{key} {old!r}, this run has {new!r}"
 
 
@@ -422,11 +427,12 @@ class Cell:
         token_ids, support, query = fetched
         learner = self.adapt(numbers, token_ids, support)
         wanted = torch.arange(self.args.way, device=self.device).repeat_interleave(self.args.query)
-        right = torch.cat([learner.logits(self.queries(part)) for part in query.split(25, 1)], 1).argmax(-1) == wanted    # (E, Q)
-        last = (learner.losses[-1] if len(learner.losses) else torch.zeros(len(numbers))).tolist()
-        if broken := [n for n, loss in zip(numbers, last) if loss != loss]:
+        logits = torch.cat([learner.logits(self.queries(part)) for part in query.split(25, 1)], 1)    # (E, Q, N)
+        if broken := [n for n, fine in zip(numbers, logits.isfinite().flatten(1).all(1).tolist()) if not fine]:
             raise UsageError(f"the loss is not a number in episodes {', '.join(map(str, broken))}: lower --lr, or use --precision float32")
-        return [{"episode": n, "accuracy": 100 * a, "loss": loss} for n, a, loss in zip(numbers, right.double().mean(1).tolist(), last)]
+        right = (logits.argmax(-1) == wanted).double().mean(1).tolist()
+        last = (learner.losses[-1] if len(learner.losses) else torch.zeros(len(numbers))).tolist()
+        return [{"episode": n, "accuracy": 100 * a, "loss": loss} for n, a, loss in zip(numbers, right, last)]
 
     def run(self) -> list[float]:
         """Train what is not done yet, in batches of episodes; returns the accuracies of all, in order."""
@@ -773,6 +779,8 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cpu":
         multiply_fast()
     args.compile = args.compile and compile_works(device)
+    for dataset in args.dataset:
+        data.check(dataset, args.data)
     weights = args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
     clip, tokenizer = clip_min.load(weights, device, getattr(torch, args.precision))
     if args.predict:

@@ -19,6 +19,12 @@ BARE = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 TOY = data.toy_pictures(12)
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Nothing is written where the tests were started."""
+    monkeypatch.chdir(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------ processes that start at once
 
 @pytest.fixture(scope="module")
@@ -642,7 +648,7 @@ BAD = {    # arguments, words that must be in the one line
     "out is a file": ([*FEW, "--out", "{tmp}/file"], ["{tmp}/file"]),
     "device": (["--dataset", "toy", "--device", "nonsense"], ["nonsense"]),
     **{f"{name} {value}": ([*FEW, name, value], [name]) for name, value in
-       (("--episodes", 0), ("--episodes", -1), ("--way", 0), ("--shot", 0), ("--query", 0), ("--batch", -1), ("--steps", 0), ("--rank", 0))},
+       [("--episodes", -1), ("--batch", -1), *((name, 0) for name in ("--episodes", "--way", "--shot", "--query", "--steps", "--rank"))]},
 }
 
 
