@@ -1,6 +1,6 @@
 """The command line, the recipes, the episodic loop, the results.
 
-    python train.py --dataset toy --shot 1          no download, no GPU, about a minute on two cores
+    python train.py --dataset toy --shot 1          no download, no GPU, a minute or two on two cores
     python train.py --dataset eurosat --shot 1      ATHA by the paper, 800 episodes, everything fetched at need
 
 `adapt` is the whole of training in one function, for use without datasets or command line.
@@ -259,12 +259,12 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
         extra = learner.on & {"svl", "ra"} if step < extra_steps else set()
         inputs = torch.cat([images, support], 1) if "ra" in extra else images
         features = learner.features(inputs, learner.between(token_texts), chunk)     # (E, B [+ M], embed)
-        features, plain = features[:, : images.shape[1]], features[:, images.shape[1]:]
+        features, unchanged = features[:, : images.shape[1]], features[:, images.shape[1]:]
         loss = F.cross_entropy((recipe.scale * features @ texts.mT).mT, wanted, reduction="none").mean(1)    # (E,)
         if "svl" in extra:
             loss = loss + recipe.svl_weight * svl_loss(features, wanted, picks[step], recipe.scale)
         if "ra" in extra:
-            previous, relation = relation, features @ plain.mT                       # (E, B, M)
+            previous, relation = relation, features @ unchanged.mT                   # (E, B, M)
             if previous is not None:
                 c = 1 - step / extra_steps
                 of_class = (texts @ texts.mT).detach()                               # (E, N, N)
@@ -688,7 +688,7 @@ def look(cell: Cell, probe_file: Path | None, picture: str | None, block: int) -
 
 SHORT_HELP = """Few-shot adaptation of CLIP to far-away domains: ATHA, TIR, SVL + RA on CLIP-LoRA.
 
-  python train.py --dataset toy --shot 1          no download, no GPU, about a minute on two cores
+  python train.py --dataset toy --shot 1          no download, no GPU, a minute or two on two cores
   python train.py --dataset eurosat --shot 1      the real thing: ATHA, 800 episodes, everything fetched at need
   python train.py --dataset all --shot 1 5 --method all          the papers' tables
   python train.py --fit FOLDER --save mine.safetensors           your own pictures
@@ -831,8 +831,9 @@ def compile_works(device: torch.device) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a request that cannot be met, said in one line."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
+        args = parse(argv)
         if rank_and_size()[1] > 1:
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))      # only to wait: the parts never talk
         return run(args)
@@ -843,7 +844,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; finished episodes are kept, and the same command goes on from there", file=sys.stderr)
+        kept = "finished episodes are kept, and the same command goes on from there" if "--dataset" in argv else "nothing was saved"
+        print(f"\nstopped; {kept}", file=sys.stderr)
         return 130
 
 

@@ -1,4 +1,5 @@
 """The loop: batched equals alone, naive twins, recorded runs of the released code, the main job from end to end."""
+import copy
 import json
 import math
 import re
@@ -16,7 +17,7 @@ import data
 import train
 from train import METHODS, RECIPES, Recipe, UsageError, adapt, recipe_for, switches
 
-QUIET = {"steps": 4, "dropout": 0.0}
+QUIET = {"steps": 3, "dropout": 0.0}
 EVERY = [*METHODS, "atha+tir", "tir+svl"]
 
 
@@ -35,19 +36,21 @@ def rows_of(tokenizer, names):
 
 # ------------------------------------------------------------------------------------------- batched equals alone
 
-@pytest.mark.parametrize("method", EVERY)
-@pytest.mark.parametrize("name", ["paper", "released"])
-def test_batched_equals_alone(toy, method, name):
-    clip, tokenizer = toy
-    support, labels, query, names = toy_episodes(3)
+@pytest.mark.parametrize("method, name, dtype", [(m, n, torch.float64) for m in EVERY for n in ("paper", "released")]
+                         + [(m, "paper", torch.float32) for m in ("clip-lora", "atha", "tir", "svl")])
+def test_batched_equals_alone(toy, method, name, dtype):
+    """AdamW turns a gradient that is all rounding into a full step, so float32 is held to the mean, float64 to every number."""
+    clip, tokenizer = copy.deepcopy(toy[0]).to(dtype), toy[1]
+    support, labels, query, names = toy_episodes(2)
     ids, recipe = rows_of(tokenizer, names), replace(recipe_for(name, method), **QUIET)
-    together = adapt(clip, support, labels, ids, method, recipe, seeds=[5, 6, 7])
-    for e in range(3):
+    together = adapt(clip, support, labels, ids, method, recipe, seeds=[5, 6])
+    for e in range(2):
         alone = adapt(clip, support[e:e + 1], labels[e:e + 1], ids[e:e + 1], method, recipe, seeds=[5 + e])
         if method != "zero-shot":
             same(together.losses[:, e], alone.losses[:, 0])
-            for key, learned in alone.learned().items():
-                assert (together.learned()[key][e] - learned[0]).abs().max() < 1e-5, key
+        for key, learned in alone.learned().items():
+            difference = (together.learned()[key][e] - learned[0]).abs()
+            assert (difference.max() if dtype == torch.float64 else difference.mean()) < 1e-5, key
         assert torch.equal(together.logits(query)[e].argmax(-1), alone.logits(query[e:e + 1])[0].argmax(-1))
 
 
