@@ -440,12 +440,12 @@ def toy_pictures(per_class: int, seed: int = 0, domain: str = "target", size: in
     on cloudy and noisy ground. The same seed gives the same pictures.
     Returns (N, 3, size, size) uint8 and labels (N,) int64, N = per_class pictures of each of TOY_CLASSES in turn.
     """
-    generator = torch.Generator().manual_seed(seed)
+    chance = torch.Generator().manual_seed(seed)
     n = per_class * len(TOY_CLASSES)
     labels = torch.arange(len(TOY_CLASSES)).repeat_interleave(per_class)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+        return low + (high - low) * torch.rand(n, *shape, generator=chance)
 
     radius, turn = uniform(0.28, 0.42, 1, 1), uniform(-0.4, 0.4, 1, 1)    # of the picture's side; radians
     place = (0.5 - radius)[..., None] * uniform(-1, 1, 1, 1, 2) + 0.5      # (n, 1, 1, 2): all but corners inside
@@ -463,6 +463,6 @@ def toy_pictures(per_class: int, seed: int = 0, domain: str = "target", size: in
         cloud = F.interpolate(uniform(-1, 1, 1, 6, 6), size=(size, size), mode="bicubic", align_corners=False)
         pictures = 0.7 + 0.22 * cloud - 0.4 * inside
         pictures = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        pictures = pictures + 0.05 * torch.randn(pictures.shape, generator=generator)
+        pictures = pictures + 0.05 * torch.randn(pictures.shape, generator=chance)
         pictures = pictures.expand(-1, 3, -1, -1)
     return (255 * pictures.clamp(0, 1)).round().to(torch.uint8), labels
