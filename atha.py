@@ -27,7 +27,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """F.dropout; on a CPU, where drawing is what costs, from 16 random bits an element instead of 64."""
     if x.is_cuda or torch.compiler.is_compiling() or not training or p == 0:
         return F.dropout(x, p, training)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)     # -2^15 .. 2^15 - 1, evenly
     return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2 ** 16) - 2 ** 15, 0) / (1 - p)
 
 
@@ -49,7 +49,8 @@ class LoRA(nn.Module):
         y = self.linear(x)
         h = dropout(x, self.dropout, self.training).reshape(len(self.A), -1, x.shape[-1])     # (E, rows, in)
         h = h @ self.A.mT.to(h.dtype)                                     # (E, rows, rank)
-        return torch.baddbmm(y.view(len(self.A), -1, y.shape[-1]), h, self.B.mT.to(h.dtype), alpha=self.scaling).view_as(y)
+        y_grouped = y.view(len(self.A), -1, y.shape[-1])                  # (E, rows, out)
+        return torch.baddbmm(y_grouped, h, self.B.mT.to(h.dtype), alpha=self.scaling).view_as(y)      # y + scaling * h B^T
 
 
 def add_lora(tower: nn.Module, rank: int = 16, alpha: float = 8, dropout: float = 0.25, episodes: int = 1,

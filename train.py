@@ -118,7 +118,8 @@ def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "") -> Reci
 
 def share_weights(clip: CLIP) -> CLIP:
     """A second CLIP over the same, frozen, tensors: what is wrapped or learned in it leaves the first alone."""
-    return copy.deepcopy(clip, {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()})
+    copied = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}       # detach shares the numbers
+    return copy.deepcopy(clip, copied)
 
 
 def at_depth(block: int, layers: int) -> int:
@@ -165,7 +166,7 @@ class Learner(nn.Module):
                 n = self.context.shape[1]
                 context = per_image(self.context, len(x)) + self.clip.positional_embedding[1: 1 + n]
                 x = torch.cat([x[:, :1], context.to(x.dtype), x[:, 1 + n:]], 1)
-            outputs[layer - 1] = x
+            outputs[layer - 1] = x                                                   # what the block before gave
             return x
         final = self.clip.encode_text(ids, between)
         block = at_depth(self.recipe.text_block, self.clip.config.text_layers)
@@ -250,6 +251,7 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     learner.train()
     text_learns, texts = bool(recipe.text_lora or recipe.context), None
     losses, relation, extra_steps = [], None, recipe.extra_share * recipe.steps
+    each = torch.arange(episodes, device=device)[:, None, None]
     for step in range(recipe.steps):
         images, wanted = batches(step)
         if text_learns or texts is None:
@@ -260,7 +262,8 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
         inputs = torch.cat([images, support], 1) if "ra" in extra else images
         features = learner.features(inputs, learner.between(token_texts), chunk)     # (E, B [+ M], embed)
         features, unchanged = features[:, : images.shape[1]], features[:, images.shape[1]:]
-        loss = F.cross_entropy((recipe.scale * features @ texts.mT).mT, wanted, reduction="none").mean(1)    # (E,)
+        logits = recipe.scale * features @ texts.mT                                  # (E, B, N)
+        loss = F.cross_entropy(logits.mT, wanted, reduction="none").mean(1)          # (E,)
         if "svl" in extra:
             loss = loss + recipe.svl_weight * svl_loss(features, wanted, picks[step], recipe.scale)
         if "ra" in extra:
@@ -268,7 +271,7 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
             if previous is not None:
                 c = 1 - step / extra_steps
                 of_class = (texts @ texts.mT).detach()                               # (E, N, N)
-                of_text = of_class.gather(1, wanted[..., None].expand(-1, -1, ways)).gather(2, labels[:, None].expand(-1, wanted.shape[1], -1))
+                of_text = of_class[each, wanted[..., None], labels[:, None]]         # (E, B, M)
                 loss = loss + recipe.ra_weight * ra_loss(relation, c * previous.detach() + (1 - c) * of_text, recipe.ra)
         loss.sum().backward()
         for optimizer in (adamw, sgd):
@@ -442,10 +445,13 @@ class Cell:
                   "recipe": asdict(self.recipe), "weights": self.clip.fingerprint, "data": self.pool.fingerprint, "precision": a.precision}
         name = f"{Path(self.dataset).name}-{a.way}way-{self.shot}shot-{self.method}-{a.recipe}-seed{a.seed}"
         results = Results(Path(a.out) / name, header, rank)
-        todo = [n for n in range(rank, episodes, size) if n not in results.done]
+        mine = range(rank, episodes, size)
+        todo = [n for n in mine if n not in results.done]
         views = 5 if self.recipe.augment == "views" else 1
         at_once = a.batch or min(128 if self.device.type == "cuda" else 16, max(1, pictures_at_once(self.clip, self.device) // (a.way * self.shot * (views + 1))))
-        accuracies, begun, total = [], time.monotonic(), len(todo)
+        accuracies, begun, total = [results.done[n]["accuracy"] for n in mine if n in results.done], time.monotonic(), len(todo)
+        if rank == 0 and accuracies:
+            print(f"{name}: {len(accuracies)} of {len(mine)} episodes are done already", file=sys.stderr)
         with ThreadPoolExecutor(1) as background:
             ahead = background.submit(self.fetch, todo[:at_once]) if todo else None
             while todo:
@@ -466,8 +472,9 @@ class Cell:
                 accuracies += [r["accuracy"] for r in records]
                 if rank == 0:
                     mean, interval = mean_and_interval(accuracies)
-                    progress(f"{name}: {len(accuracies)}/{total} episodes, {mean:.2f} ± {interval:.2f} %, "
-                             f"{len(accuracies) / elapsed:.2f} episodes/s, {elapsed / len(accuracies) * len(todo):.0f} s left", last=not todo)
+                    speed = (total - len(todo)) / elapsed
+                    progress(f"{name}: {len(accuracies)}/{len(mine)} episodes, {mean:.2f} ± {interval:.2f} %, "
+                             f"{speed:.2f} episodes/s, {len(todo) / speed:.0f} s left", last=not todo)
         wait_for_all()
         done = results.read()
         return [done[n]["accuracy"] for n in range(episodes)]
@@ -732,7 +739,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
              "int": {"type": int, "metavar": "N"}, "float": {"type": float, "metavar": "X"}, "str": {"metavar": "TEXT"}}
     for f in fields(Recipe):
         kind = {"choices": choices[f.name]} if f.name in choices else kinds[f.type]
-        group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({f.default})", **kind)
+        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+        group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({default})", **kind)
     if not argv:
         parser.exit(0, SHORT_HELP)
 
@@ -753,6 +761,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         switches(method)
     if args.fit and (not args.save or len(args.method) > 1):
         parser.error("--fit needs --save FILE, and one method")
+    if args.draw and len(args.dataset) * len(args.shot) * len(set(args.method) - {"zero-shot"}) != 1:
+        parser.error("--draw makes one picture: give one dataset, one shot and one method")
     args.precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
 

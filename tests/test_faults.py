@@ -14,7 +14,7 @@ import clip_min
 import data
 import train
 
-QUICK = "--shot 1 --query 2 --steps 2 --episodes 12 --batch 2 --dropout 0 --augment none --method atha".split()
+QUICK = "--shot 1 --query 2 --steps 2 --episodes 8 --batch 2 --dropout 0 --augment none --method atha".split()
 BARE = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 TOY = data.toy_pictures(12)
 
@@ -148,7 +148,7 @@ def test_killed_at_random_moments(world, fork, tmp_path):
             assert run.exitcode in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
             finished, longest = run.exitcode == 0, 1.01 * longest
             kills += not finished
-            midway += not finished and any(0 < p.read_bytes().count(b"\n") - 1 < 12 for p in out.glob("*"))
+            midway += not finished and any(0 < p.read_bytes().count(b"\n") - 1 < 8 for p in out.glob("*"))
         assert_same(records(out), world.records)
         assert all(p.read_bytes().endswith(b"\n") for p in out.iterdir())
         assert summary((tmp_path / "log").read_text().splitlines()[-1]) == world.summary

@@ -19,8 +19,8 @@ COMMANDS = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh"
 def reader(tmp_path_factory):
     """The folder of someone who follows the README: leaves/, new_pictures/, leaf.jpg, and weights (the toy CLIP, to be quick)."""
     here = tmp_path_factory.mktemp("reader")
-    images, labels = data.toy_pictures(8)
-    for i in range(4 * 8):
+    images, labels = data.toy_pictures(6)
+    for i in range(4 * 6):
         place = here / "leaves" / data.TOY_CLASSES[int(labels[i])]
         place.mkdir(parents=True, exist_ok=True)
         save_image(images[i] / 255, place / f"{i}.png")

@@ -1,5 +1,6 @@
 """The loop: batched equals alone, naive twins, recorded runs of the released code, the main job from end to end."""
 import copy
+import functools
 import json
 import math
 import re
@@ -21,9 +22,12 @@ QUIET = {"steps": 3, "dropout": 0.0}
 EVERY = [*METHODS, "atha+tir", "tir+svl"]
 
 
+toy_pool = functools.cache(lambda: data.load("toy"))
+
+
 def toy_episodes(count, shot=1, seed=1):
     """Normalised support (E, 5 shot, 3, 48, 48), labels, queries (E, 20, ...) and class rows of toy episodes."""
-    pool = data.load("toy")
+    pool = toy_pool()
     drawn = [pool.episode(n, shot=shot, query=4, seed=seed) for n in range(count)]
     support, query = (data.plain(torch.stack([pool.images[d[i].flatten()] for d in drawn]), 48) for i in (1, 2))
     names = [[pool.classes[c] for c in d[0]] for d in drawn]
@@ -253,28 +257,35 @@ def test_markdown_table_has_the_papers_figure_beside_ours():
 
 # ------------------------------------------------------------------------------------------------------ the main job
 
-def test_the_toy_run_from_end_to_end(tmp_path):
-    """Tuning beats zero-shot; the second start finds everything done; more episodes go on from there."""
-    line = ["--dataset", "toy", "--shot", 1, "--method", "zero-shot", "clip-lora", "--episodes", 24, "--steps", 50, "--out", tmp_path / "results"]
-    said = command(*line, cwd=tmp_path)
+def test_the_toy_run_from_end_to_end(tmp_path, monkeypatch, capsys):
+    """Tuning beats zero-shot; the second start finds everything done; two more episodes go on from there."""
+    line = "--dataset toy --shot 1 --method zero-shot clip-lora --steps 30 --episodes".split()
+    said = command(*line, 16, cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     means = dict(re.findall(r"^toy 5-way 1-shot (\S+) \(paper\): ([\d.]+) ±", said.stdout, re.M))
     assert float(means["clip-lora"]) > float(means["zero-shot"]) + 3
-    again = command(*line, cwd=tmp_path)
-    assert re.findall(r"[\d.]+ ± [\d.]+", again.stdout) == re.findall(r"[\d.]+ ± [\d.]+", said.stdout) and "episodes/s" not in again.stderr
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*line, "16"]) == 0
+    again = capsys.readouterr()
+    assert re.findall(r"[\d.]+ ± [\d.]+", again.out) == re.findall(r"[\d.]+ ± [\d.]+", said.stdout) and "episodes/s" not in again.err
+    assert train.main([*line, "18"]) == 0 and "16 of 18 episodes are done already" in capsys.readouterr().err
     header, *records = map(json.loads, next((tmp_path / "results").glob("*clip-lora*.jsonl")).read_text().splitlines())
-    assert header["recipe"]["steps"] == 50 and sorted(r["episode"] for r in records) == list(range(24))
+    assert header["recipe"]["steps"] == 30 and [r["episode"] for r in records] == list(range(18))
 
 
-def test_real_pictures_with_a_trained_clip(tmp_path):
-    """eurosat: fine-tuning beats zero-shot by more than both intervals (24 episodes of 20 steps keep this test short)."""
+def test_real_pictures_with_a_trained_clip(tmp_path, capsys):
+    """eurosat, few episodes and steps: tuning beats zero-shot by more than both intervals, and moves away from the frozen model (CKA);
+    ATHA raises the head tokens' similarity where it pulls, and lowers the tail's."""
     weights, root = from_environment("ATHA_WEIGHTS", "a small trained CLIP"), from_environment("ATHA_DATA", "a folder with eurosat/2750")
     (tmp_path / "eurosat").mkdir()
     (tmp_path / "eurosat" / "2750").symlink_to(root.resolve() / "eurosat" / "2750")
-    said = command("--dataset", "eurosat", "--shot", 1, "--method", "zero-shot", "clip-lora", "--steps", 20, "--episodes", 24, "--data", tmp_path,
-                   "--weights", weights, "--out", tmp_path / "results", "--precision", "bfloat16")
-    (zero, z), (tuned, t) = [map(float, pair) for pair in re.findall(r"^eurosat .*: ([\d.]+) ± ([\d.]+) %", said.stdout, re.M)]
+    argv = "--dataset eurosat --shot 1 --method zero-shot atha --steps 20 --lr 5e-4 --episodes 12 --precision bfloat16 --batch 4 --probe"
+    assert train.main([*argv.split(), "--data", str(tmp_path), "--weights", str(weights), "--out", str(tmp_path / "results")]) == 0
+    (zero, z), (tuned, t) = [map(float, pair) for pair in re.findall(r"^eurosat .*: ([\d.]+) ± ([\d.]+) %", capsys.readouterr().out, re.M)]
     assert tuned - t > zero + z
+    rows = [json.loads(line) for line in next((tmp_path / "results").glob("*.probe.jsonl")).read_text().splitlines()]
+    assert rows[-1]["cka_features"] < 0.99
+    assert rows[4]["head_after"] > rows[4]["head_before"] + 0.1 and rows[4]["tail_after"] < rows[4]["tail_before"]
 
 
 def test_a_full_size_episode_fits_into_8_gib(tmp_path):
@@ -283,6 +294,7 @@ def test_a_full_size_episode_fits_into_8_gib(tmp_path):
 import sys, resource; sys.path.insert(0, {str(REPO)!r})
 import torch, clip_min, train
 from dataclasses import replace
+train.multiply_fast()
 clip, ids = clip_min.CLIP().eval(), torch.randint(1, 49000, (1, 5, 77))
 ids[..., 9] = 49407
 learner = train.adapt(clip, torch.randn(1, 5, 3, 224, 224), torch.arange(5)[None], ids, "atha", replace(train.RECIPES["paper"], steps=3))
