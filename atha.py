@@ -1,4 +1,4 @@
-"""The ideas: LoRA with an episode axis, ATHA, TIR, SVL, RA, and the papers' diagnostics. Needs torch only.
+"""The ideas: LoRA with an episode axis, ATHA, TIR, SVL, RA, and the papers' diagnostics. Needs torch only (`draw_patches`: torchvision).
 
     lora = add_lora(vit)                                       # every q, k, v projection, in place
     atha = ATHA(layers=12)

@@ -1,4 +1,4 @@
-"""CLIP by hand: vision transformer, text transformer, BPE tokenizer, weights. Needs torch and safetensors only.
+"""CLIP by hand: vision transformer, text transformer, BPE tokenizer, weights. Needs torch and safetensors (to read pictures, torchvision).
 
     clip, tokenizer = load()                                   # OpenAI's ViT-B/16, fetched once
     image = clip.encode_image(images)                          # (B, 3, 224, 224) normalised -> (B, 512)
@@ -204,12 +204,6 @@ class Tokenizer:
         shadow = "".join("0" if c.isnumeric() and not c.isalpha() else c for c in text)
         return [i for m in self.WORDS.finditer(shadow) for i in self._word(text[m.start(): m.end()])]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; words come back apart by one space, in lower case."""
-        back = {c: b for b, c in self.symbol.items()}
-        text = "".join(self.vocab[i] for i in ids).replace("</w>", " ")
-        return b"".join(bytes([back[c]]) if c in back else c.encode() for c in text).decode("utf-8", "replace").strip()
-
     def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> Tensor:
         """Rows (N, context_length) int64: start, text (cut if too long), end, zeros."""
         texts = [texts] if isinstance(texts, str) else texts
@@ -367,6 +361,8 @@ def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str
 
 def _vit_b16() -> Path:
     kept = CACHE / "ViT-B-16.safetensors"
+    if kept.exists():                                                    # perhaps where nothing can be written
+        return kept
     with locked(kept):
         if not kept.exists():
             archive = download(VIT_B16_URL, CACHE / "ViT-B-16.pt", VIT_B16_SHA256)

@@ -8,10 +8,10 @@ Every picture is decoded once, to S x S (64 for eurosat, 48 for toy, else 256), 
 """
 from __future__ import annotations
 
-import csv, fcntl, hashlib, json, os, shutil, sys, time, warnings
+import csv, fcntl, hashlib, http.client, json, os, shutil, sys, time, warnings, zipfile, zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from math import ceil, pi
 from pathlib import Path
 
@@ -146,20 +146,16 @@ def by_label(rows: list[tuple[Path, list[str]]], names: list[str], table: Path) 
     return [(picture, classes.index(labels[0])) for picture, labels in rows], classes
 
 
-def fetch_eurosat(target: Path) -> None:
-    EuroSAT(str(target.parent), download=True)
-
-
 def fetch_isic(target: Path) -> None:
     print("ISIC 2018 task 3: 2.6 GB, licence CC BY-NC (no commercial use)", file=sys.stderr)
     for part in ("Input", "GroundTruth"):
         print(f"downloading {ISIC_URL}{part}.zip", file=sys.stderr)
-        download_and_extract_archive(f"{ISIC_URL}{part}.zip", str(target))
+        download_and_extract_archive(f"{ISIC_URL}{part}.zip", str(target), remove_finished=True)
 
 
 KAGGLE = "curl -L -o a.zip https://www.kaggle.com/api/v1/datasets/download/"
 DATASETS = {    # folder under --data, cached pixels a side, how to list it, how to fetch it: a function, or words for the user
-    "eurosat": ("eurosat", 64, list_eurosat, fetch_eurosat),
+    "eurosat": ("eurosat", 64, list_eurosat, lambda target: EuroSAT(str(target.parent), download=True)),
     "isic": ("ISIC", 256, list_isic, fetch_isic),
     "cropdiseases": ("CropDiseases", 256, lambda root: list_folders(root / "train"),
                      f"{KAGGLE}saroz014/plant-disease, its class folders in CropDiseases/train/"),
@@ -186,29 +182,32 @@ def load(name: str, root: str | Path = "datasets") -> Pool:
     if name == "toy":
         images, labels = toy_pictures(200)
         return Pool(images, labels, list(TOY_CLASSES), "toy")
-    if name not in DATASETS:
-        folder = Path(name)
-        return cached(list_folders(folder), folder, 256, [CACHE / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}-256.safetensors"])
-    directory, size, listing, source = DATASETS[name]
-    folder = Path(root) / directory
+    directory, size, listing, source = DATASETS.get(name, (name, 256, list_folders, None))
+    folder = Path(root) / directory if source else Path(name)
     if not folder.is_dir():
         fetch(name, folder, source)
-    file = f"{name}-{size}.safetensors"
-    return cached(listing(folder), folder, size, [folder / f".{file}", CACHE / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}-{file}"])
+    elsewhere = CACHE / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}-{size}.safetensors"
+    return cached(listing(folder), folder, size, [folder / f".{name}-{size}.safetensors", elsewhere] if source else [elsewhere])
 
 
 def fetch(name: str, folder: Path, source: Callable[[Path], None]) -> None:
     """Fetch into a folder beside, then rename: the dataset is there whole or not at all."""
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    print(f"{name} is not at {folder}: downloading it", file=sys.stderr)
     try:
-        source(part / folder.name)
-        os.replace(part / folder.name, folder)
-    except (OSError, RuntimeError) as e:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{part}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)                             # a second process waits here, then finds the first one's work
+            if folder.is_dir():
+                return
+            print(f"{name} is not at {folder}: downloading it", file=sys.stderr)
+            shutil.rmtree(part, ignore_errors=True)                      # of a run that was killed
+            try:
+                source(part / folder.name)
+                os.replace(part / folder.name, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except (OSError, RuntimeError, http.client.HTTPException, zipfile.BadZipFile, zlib.error) as e:
         raise DataError(f"cannot download {name} ({e}): fetch it on another machine and put it at {folder}") from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------- the one-tensor cache
@@ -226,20 +225,12 @@ def decode(path: str | Path, size: int) -> Tensor:
         raise DataError(f"cannot decode {path}: {e}") from e
 
 
-class Decoder(torch.utils.data.Dataset):
-    """Pictures to decode by worker processes; a failure comes back as its message, as an exception would lose its type."""
-
-    def __init__(self, paths: list[Path], size: int):
-        self.paths, self.size = paths, size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> Tensor | str:
-        try:
-            return decode(self.paths[i], self.size)
-        except DataError as e:
-            return str(e)
+def decode_all(paths: list[Path], size: int) -> Tensor | str:
+    """Pictures (n, 3, size, size), or a failure as its message: raised in a worker process, it would lose its type."""
+    try:
+        return torch.stack([decode(path, size) for path in paths])        # one tensor, as each takes a file descriptor on its way back
+    except DataError as e:
+        return str(e)
 
 
 def cached(listing: Listing, root: Path, size: int, places: list[Path]) -> Pool:
@@ -282,17 +273,16 @@ def build_cache(place: Path, entries: list[tuple[Path, int]], classes: list[str]
                          "images": {"dtype": "U8", "shape": [total, 3, size, size], "data_offsets": [start, start + total * 3 * size * size]}}).encode()
     header += b" " * (-len(header) % 8)
     workers = min(len(os.sched_getaffinity(0)), 16, total // 200)
-    batches = DataLoader(Decoder([p for p, _ in entries], size), batch_size=64, num_workers=workers, collate_fn=list)
+    batches = DataLoader([p for p, _ in entries], batch_size=64, num_workers=workers, collate_fn=partial(decode_all, size=size))
     part, done, begun = Path(f"{place}.part"), 0, time.monotonic()
     try:
         with part.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             file.write(torch.tensor([label for _, label in entries]).numpy())
             for batch in batches:
-                for picture in batch:
-                    if isinstance(picture, str):
-                        raise DataError(picture)
-                    file.write(picture.numpy())
+                if isinstance(batch, str):
+                    raise DataError(batch)
+                file.write(batch.numpy())
                 done += len(batch)
                 print(f"\rdecoding pictures {done}/{total}, {done / (time.monotonic() - begun):.0f} a second ", end="", file=sys.stderr)
             print(file=sys.stderr)
@@ -303,10 +293,15 @@ def build_cache(place: Path, entries: list[tuple[Path, int]], classes: list[str]
 
 # ------------------------------------------------------------------------------------------------------ augmentation
 
+@cache
+def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1), copied to the device once: a copy in every training step would make the host wait for the GPU each time."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
+
+
 def normalize(images: Tensor) -> Tensor:
     """(..., 3, S, S) in 0..1 -> CLIP's normalisation."""
-    mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (MEAN, STD))
-    return (images - mean) / std
+    return (images - of_channels(MEAN, images.device)) / of_channels(STD, images.device)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -346,7 +341,7 @@ def random_crop(images: Tensor, u: Tensor, size: int) -> Tensor:
 def jitter(images: Tensor, factors: Tensor) -> Tensor:
     """Brightness, contrast, colour of (..., 3, S, S) in 0..1, by factors (..., 3)."""
     def grey(x: Tensor) -> Tensor:
-        return (x * torch.tensor([0.299, 0.587, 0.114], device=x.device).view(3, 1, 1)).sum(-3, keepdim=True)
+        return (x * of_channels((0.299, 0.587, 0.114), x.device)).sum(-3, keepdim=True)
     brightness, contrast, colour = factors[..., None, None, None].unbind(-4)
     images = (images * brightness).clamp(0, 1)
     mean = grey(images).mean((-2, -1), keepdim=True)
@@ -375,20 +370,21 @@ def support_batches(images: Tensor, labels: Tensor, augment: str, steps: int, si
     augment: none, crop or views (see Recipe). batches(step) gives pictures (E, B, 3, size, size), normalised, and labels
     (E, B). All chance is drawn from each episode's own seed.
     """
-    def uniform(*shape: int) -> Tensor:                                  # (E, *shape)
-        return torch.stack([torch.rand(shape, generator=generator(augment, seed)) for seed in seeds]).to(images.device)
+    def uniform(what: str, *shape: int) -> Tensor:                       # (E, *shape)
+        return torch.stack([torch.rand(shape, generator=generator(what, seed)) for seed in seeds]).to(images.device)
     still = plain(images, size, centre=augment == "none")
     pictures, crops = still, None
     if augment == "views":
-        pictures = normalize(five_views(resize(images, size), uniform(images.shape[1], 8)))
+        pictures = normalize(five_views(resize(images, size), uniform(augment, images.shape[1], 8)))
         labels = labels.repeat(1, 5)
     elif augment == "crop":
-        pictures = resize(images, min(images.shape[-1], ceil(size * 2 ** 0.5)))    # no finer than the smallest crop can show
-        crops = uniform(steps, pictures.shape[1], 5)
+        # grid_sample does not average: shrink first, so that a crop of half the area has about `size` pixels a side
+        pictures = resize(images, min(images.shape[-1], ceil(size * 2 ** 0.5)))
+        crops = uniform(augment, steps, pictures.shape[1], 5)
     order = None
     if 0 < minibatch < pictures.shape[1]:
         epochs = ceil(steps * minibatch / pictures.shape[1])
-        order = uniform(epochs, pictures.shape[1]).argsort(-1).flatten(1)         # (E, epochs * M): shuffled anew in each epoch
+        order = uniform("order", epochs, pictures.shape[1]).argsort(-1).flatten(1)         # (E, epochs * M): shuffled anew in each epoch
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         x, y = pictures, labels

@@ -1,9 +1,13 @@
-"""The command line, the recipes, the episodic loop, the results.
+"""Few-shot adaptation of CLIP to far-away domains: ATHA, TIR, SVL + RA on CLIP-LoRA.
 
-    python train.py --dataset toy --shot 1          no download, no GPU, a minute or two on two cores
-    python train.py --dataset eurosat --shot 1      ATHA by the paper, 800 episodes, everything fetched at need
+  python train.py --dataset toy --shot 1          no download, no GPU, a minute or two on two cores
+  python train.py --dataset eurosat --shot 1      the real thing: ATHA, 800 episodes, everything fetched at need
+  python train.py --dataset all --shot 1 5 --method all          the papers' tables
+  python train.py --fit FOLDER --save mine.safetensors           your own pictures
+  python train.py --predict mine.safetensors PICTURES
+  python train.py --help                          everything else
 
-`adapt` is the whole of training in one function, for use without datasets or command line.
+In a program, `adapt` is the whole of training in one function.
 """
 from __future__ import annotations
 
@@ -118,8 +122,8 @@ def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "") -> Reci
 
 def share_weights(clip: CLIP) -> CLIP:
     """A second CLIP over the same, frozen, tensors: what is wrapped or learned in it leaves the first alone."""
-    copied = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}       # detach shares the numbers
-    return copy.deepcopy(clip, copied)
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}
+    return copy.deepcopy(clip, memo)                                     # takes what is in memo as copied; detach shares the numbers
 
 
 def at_depth(block: int, layers: int) -> int:
@@ -141,6 +145,9 @@ class Learner(nn.Module):
             for tower in (vision, text) if recipe.text_lora else (vision,):
                 add_lora(tower, recipe.rank, recipe.lora_alpha, recipe.dropout, episodes)
             if recipe.context:
+                replaced = self.token_ids[:, :, 1: 1 + recipe.context]
+                if replaced.shape[-1] < recipe.context or (replaced != replaced[:, :1]).any():
+                    raise UsageError(f"the {recipe.context} context vectors would replace class names: give a --prompt with as many tokens before {{}}, or --context 0")
                 context = clip.token_embedding(self.token_ids[:, 0, 1: 1 + recipe.context]).float()
                 self.context = nn.Parameter(context.detach().clone())                # (E, context, D)
         if self.on & {"pull", "push"}:
@@ -166,7 +173,7 @@ class Learner(nn.Module):
                 n = self.context.shape[1]
                 context = per_image(self.context, len(x)) + self.clip.positional_embedding[1: 1 + n]
                 x = torch.cat([x[:, :1], context.to(x.dtype), x[:, 1 + n:]], 1)
-            outputs[layer - 1] = x                                                   # what the block before gave
+            outputs[layer - 1] = x                                                   # of the block before; none comes after the last
             return x
         final = self.clip.encode_text(ids, between)
         block = at_depth(self.recipe.text_block, self.clip.config.text_layers)
@@ -210,10 +217,11 @@ class Learner(nn.Module):
 def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method: str = "atha", recipe: Recipe | str = "paper", *,
           batches: Callable[[int], tuple[Tensor, Tensor]] | None = None, seeds: Sequence[object] | None = None,
           lora_A: dict[str, Tensor] | None = None, picks: Tensor | None = None, chunk: int = 0, compile: bool = False) -> Learner:
-    """Fine-tune E episodes in one batch, each exactly as it would be alone; clip itself is left as it was.
+    """Fine-tune E episodes in one batch, each as it would be alone but for dropout's masks; clip itself is left as it was.
 
     support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> Learner with .losses (steps, E) and .logits.
-    batches(step): the step's pictures (E, B, 3, S, S) and labels (E, B), default the support set itself. What is random:
+    batches(step): the step's pictures (E, B, 3, S, S) and labels (E, B), the same whenever it is asked, default the support set.
+    What is random:
     seeds (one an episode) for the first A of LoRA and SVL's picks; or given, lora_A {module name: (rank, in) or
     (E, rank, in)} and picks (steps, N) or (steps, E, N), rows of the step's pictures. Dropout uses torch's own generator.
     chunk: pictures an episode held for backward at once, 0 for all; the result is that of the full batch.
@@ -245,6 +253,7 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     token_group = {"params": [p for p in (learner.atha.parameters() if learner.atha else ()) if p.requires_grad], "lr": recipe.token_lr}
     context_group = {"params": [p for p in (learner.context,) if p is not None], "lr": recipe.context_lr}
     adamw = torch.optim.AdamW([{"params": lora_parameters}, *([] if recipe.sgd else [token_group])], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    # momentum and decay are the released trainer's, for the context and (recipe.sgd) alpha and beta
     sgd = torch.optim.SGD([context_group, *([token_group] if recipe.sgd else [])], lr=recipe.token_lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 8 * recipe.steps, 1e-6) if recipe.cosine else None
 
@@ -320,9 +329,9 @@ class Results:
         self.stem, self.header = stem, json.loads(json.dumps(header))
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
+            self.file = stem.with_name(f"{stem.name}.part{rank}.jsonl").open("a+b")
         except OSError as e:
             raise UsageError(f"cannot write to {stem.parent}: {e}") from e
-        self.file = stem.with_name(f"{stem.name}.part{rank}.jsonl").open("a+b")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
@@ -384,15 +393,13 @@ def rank_and_size() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def wait_for_all() -> None:
-    if rank_and_size()[1] > 1:
-        torch.distributed.barrier()
-
-
 def pictures_at_once(clip: CLIP, device: torch.device) -> int:
     """How many pictures fit into free memory in training."""
     c, size = clip.config, clip.visual.proj.element_size()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":                                            # what PyTorch keeps in reserve is free to us
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        free = next(1024 * int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
     per_picture = 30 * size * c.vision_width * c.vision_layers * ((c.image // c.patch) ** 2 + 1)    # measured: about 30 numbers kept a token, block and channel
     return max(1, int(0.7 * free / per_picture))
 
@@ -419,7 +426,7 @@ class Cell:
         seeds = [(a.seed, n) for n in numbers]
         labels = torch.arange(a.way, device=self.device).repeat_interleave(self.shot).expand(len(numbers), -1)
         still, batches = support_batches(support, labels, r.augment, r.steps, self.clip.config.image, seeds, r.minibatch)
-        torch.manual_seed(generator("dropout", *seeds[0]).initial_seed())
+        torch.manual_seed(generator("dropout", *seeds[0]).initial_seed())         # a resumed run, with the same --batch, draws the same masks
         return adapt(self.clip, still, labels, token_ids, method or self.method, r, batches=batches, seeds=seeds, compile=a.compile)
 
     def queries(self, query: Tensor) -> Tensor:
@@ -447,27 +454,32 @@ class Cell:
         results = Results(Path(a.out) / name, header, rank)
         mine = range(rank, episodes, size)
         todo = [n for n in mine if n not in results.done]
-        views = 5 if self.recipe.augment == "views" else 1
-        at_once = a.batch or min(128 if self.device.type == "cuda" else 16, max(1, pictures_at_once(self.clip, self.device) // (a.way * self.shot * (views + 1))))
+        support = a.way * self.shot
+        shown = support * (5 if self.recipe.augment == "views" else 1)
+        shown = min(self.recipe.minibatch or shown, shown) + support * ("ra" in switches(self.method))     # RA adds the plain pictures
+        at_once = a.batch or min(128 if self.device.type == "cuda" else 16, max(1, pictures_at_once(self.clip, self.device) // shown))
         accuracies, begun, total = [results.done[n]["accuracy"] for n in mine if n in results.done], time.monotonic(), len(todo)
         if rank == 0 and accuracies:
             print(f"{name}: {len(accuracies)} of {len(mine)} episodes are done already", file=sys.stderr)
         with ThreadPoolExecutor(1) as background:
             ahead = background.submit(self.fetch, todo[:at_once]) if todo else None
             while todo:
-                numbers, fetched = todo[:at_once], ahead.result()
-                ahead = background.submit(self.fetch, todo[at_once: 2 * at_once]) if todo[at_once:] else None     # while this batch trains
+                numbers, fetched, records = todo[:at_once], None, None
                 try:
+                    fetched = ahead.result()
+                    ahead = background.submit(self.fetch, todo[at_once: 2 * at_once]) if todo[at_once:] else None     # while this batch trains
                     records = self.train(numbers, fetched)
-                except torch.cuda.OutOfMemoryError as e:
+                except torch.cuda.OutOfMemoryError:
+                    fetched = ahead = None                               # in here the traceback still holds the batch's memory
+                if records is None:
                     if len(numbers) == 1:
-                        raise UsageError("out of GPU memory with one episode at a time") from e
+                        raise UsageError("out of GPU memory with one episode at a time")
                     at_once = len(numbers) // 2
                     print(f"\nout of GPU memory: {at_once} episodes at once from here on", file=sys.stderr)
                     ahead = background.submit(self.fetch, todo[:at_once])
                     continue
                 elapsed = time.monotonic() - begun
-                results.append([r | {"seconds": round(elapsed, 2)} for r in records])
+                results.append([r | {"elapsed": round(elapsed, 2)} for r in records])
                 todo = todo[at_once:]
                 accuracies += [r["accuracy"] for r in records]
                 if rank == 0:
@@ -475,7 +487,8 @@ class Cell:
                     speed = (total - len(todo)) / elapsed
                     progress(f"{name}: {len(accuracies)}/{len(mine)} episodes, {mean:.2f} ± {interval:.2f} %, "
                              f"{speed:.2f} episodes/s, {len(todo) / speed:.0f} s left", last=not todo)
-        wait_for_all()
+        if size > 1:
+            torch.distributed.barrier()                                  # now every part is complete
         done = results.read()
         return [done[n]["accuracy"] for n in range(episodes)]
 
@@ -497,6 +510,12 @@ def flagged(args: argparse.Namespace, recipe: Recipe) -> Recipe:
     recipe = replace(recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     if "{}" not in recipe.prompt:
         raise UsageError(f"--prompt {recipe.prompt!r} has no {{}}, where the class name goes")
+    for name in ("rho", "gamma", "tir_top", "dropout", "extra_share"):
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(recipe, name)} is not a share from 0 to 1")
+    for block in (recipe.alpha_block, *recipe.tir_blocks, 11 if recipe.text_block == -1 else recipe.text_block):
+        if not 0 <= block < 12:
+            raise UsageError(f"there is no block {block}: they are given for towers of 12, 0 to 11")
     return recipe
 
 
@@ -531,7 +550,7 @@ def check_writable(path: Path) -> None:
 
 def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> None:
     """Fine-tune once on a folder of class folders: one episode whose classes are all and whose support is everything."""
-    pool, device, method = load_pool(args.fit, args), clip.visual.proj.device, args.method[0]
+    pool, device, method = data.load(args.fit, args.data), clip.visual.proj.device, args.method[0]
     phrases = read_names(args.names, pool.classes) if args.names else pool.classes
     check_writable(Path(args.save))
     if len(pool.classes) < 2:
@@ -653,9 +672,9 @@ def predict(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
 
 @torch.no_grad()
 def look(cell: Cell, probe_file: Path | None, picture: str | None, block: int) -> None:
-    """Train the first batch of episodes once more, and show what changed inside: a table, JSON lines, a picture."""
+    """Train the first episodes, four or fewer, once more, and show what changed inside: a table, JSON lines, a picture."""
     a, clip = cell.args, cell.clip
-    numbers = list(range(min(a.batch or 4, a.episodes or 4)))
+    numbers = list(range(min(4, a.batch or 4, a.episodes or 4)))
     token_ids, support, query = cell.fetch(numbers)
     with torch.enable_grad():
         tuned = cell.adapt(numbers, token_ids, support)
@@ -693,21 +712,12 @@ def look(cell: Cell, probe_file: Path | None, picture: str | None, block: int) -
 
 # --------------------------------------------------------------------------------------------------- command line
 
-SHORT_HELP = """Few-shot adaptation of CLIP to far-away domains: ATHA, TIR, SVL + RA on CLIP-LoRA.
-
-  python train.py --dataset toy --shot 1          no download, no GPU, a minute or two on two cores
-  python train.py --dataset eurosat --shot 1      the real thing: ATHA, 800 episodes, everything fetched at need
-  python train.py --dataset all --shot 1 5 --method all          the papers' tables
-  python train.py --fit FOLDER --save mine.safetensors           your own pictures
-  python train.py --predict mine.safetensors PICTURES
-  python train.py --help                          everything else
-"""
 TOY_CLIP = Path(__file__).parent / "tests" / "toy_clip.safetensors"
 TABLE = ("zero-shot", "clip-lora", "atha", "tir", "svl")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --dataset NAME [--shot N] [--method NAME] [options]\n       train.py --fit FOLDER --save FILE [options]\n       train.py --predict FILE PICTURE_OR_FOLDER ...", description=SHORT_HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --dataset NAME [--shot N] [--method NAME] [options]\n       train.py --fit FOLDER --save FILE [options]\n       train.py --predict FILE PICTURE_OR_FOLDER ...", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", metavar="NAME", help=f"{', '.join(DATASETS)}, all of these, toy, or a folder of class folders")
     parser.add_argument("--shot", nargs="+", type=int, metavar="N", default=[1], help="labelled pictures a class (default 1)")
     parser.add_argument("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)}; some joined with +; or all: {', '.join(TABLE)} (default atha)")
@@ -742,14 +752,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({default})", **kind)
     if not argv:
-        parser.exit(0, SHORT_HELP)
+        parser.exit(0, __doc__)
 
     def refuse(message: str) -> None:                                    # one line, not the usage of fifty flags before it
         raise UsageError(message)
     parser.error = refuse
     args = parser.parse_args(argv)
-    if not (args.dataset or args.fit or args.predict):
-        parser.error("give --dataset, --fit or --predict")
+    if bool(args.dataset) + bool(args.fit) + bool(args.predict) != 1:
+        parser.error("give one of --dataset, --fit and --predict")
     for name, least in {"way": 1, "query": 1, "shot": 1, "episodes": 1, "batch": 1, "steps": 1, "rank": 1, "minibatch": 0, "holdout": 0}.items():
         given = getattr(args, name)
         if given is not None and min(given if isinstance(given, list) else [given]) < least:
@@ -767,16 +777,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def load_pool(name: str, args: argparse.Namespace) -> Pool:
-    """The dataset; of several processes the first one fetches and decodes, the others wait."""
-    if rank_and_size()[0] > 0:
-        wait_for_all()
-    pool = data.load(name, args.data)
-    if rank_and_size()[0] == 0:
-        wait_for_all()
-    return pool
-
-
 def run(args: argparse.Namespace) -> int:
     name = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and "LOCAL_RANK" in os.environ else args.device
     try:
@@ -787,19 +787,24 @@ def run(args: argparse.Namespace) -> int:
         if not Path(path).exists():
             raise UsageError(f"there is no {path}")
     args.compile = args.compile and compile_works(device)
+    torch.backends.cudnn.allow_tf32 = False                                          # float32 means float32
     for dataset in args.dataset:
         data.check(dataset, args.data)
     weights = args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
     clip, tokenizer = clip_min.load(weights, device, getattr(torch, args.precision))
     if device.type == "cpu" and clip.config.vision_width >= 512:                     # small matrices gain nothing
         multiply_fast()
+    if args.draw:
+        check_writable(Path(args.draw))
+        if Path(args.draw).suffix.lower() not in IMG_EXTENSIONS or not 0 <= (args.draw_block or 0) < clip.config.vision_layers:
+            raise UsageError(f"--draw takes a name such as look.png, and --draw-block 0 to {clip.config.vision_layers - 1}")
     if args.predict:
         return predict(args, clip, tokenizer)
     if args.fit:
         return fit(args, clip, tokenizer) or 0
     cells, first = {}, rank_and_size()[0] == 0
     for dataset in args.dataset:
-        pool = load_pool(dataset, args)
+        pool = data.load(dataset, args.data)
         for shot in args.shot:
             for method in args.method:
                 begun = time.monotonic()
@@ -854,7 +859,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        kept = "finished episodes are kept, and the same command goes on from there" if "--dataset" in argv else "nothing was saved"
+        kept = "finished episodes are kept, and the same command goes on from there" if any(word.startswith("--dataset") for word in argv) else "nothing was saved"
         print(f"\nstopped; {kept}", file=sys.stderr)
         return 130
 

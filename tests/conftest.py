@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.utils import save_image
+from PIL import Image
 
 REPO, HERE = Path(__file__).parents[1], Path(__file__).parent
 sys.path.insert(0, str(REPO))
@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import clip_min  # noqa: E402
 import data  # noqa: E402
+import train  # noqa: E402
 
 TOY_CLIP = HERE / "toy_clip.safetensors"
 
@@ -27,7 +28,8 @@ def from_environment(name: str, what: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache folder, nor do the processes that it starts."""
+    """No test reads or writes the user's cache folder or where the tests were started, nor do the processes that it starts."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     for module in (clip_min, data):
@@ -41,15 +43,14 @@ def toy():
     return clip_min.load(TOY_CLIP)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder of 6 class folders with 20 toy pictures each, as PNG."""
-    images, labels = data.toy_pictures(20)
-    for i in range(6 * 20):
-        place = tmp_path / "pictures" / data.TOY_CLASSES[int(labels[i])]
-        place.mkdir(parents=True, exist_ok=True)
-        save_image(images[i] / 255, place / f"{i % 20:02d}.png")
-    return tmp_path / "pictures"
+def draw_pictures(root: Path, classes: int = 6, each: int = 12) -> Path:
+    """A folder of class folders with toy pictures, as PNG."""
+    images, labels = data.toy_pictures(each)
+    for i in range(classes * each):
+        place = root / data.TOY_CLASSES[int(labels[i])] / f"{i % each:02d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[i].permute(1, 2, 0).numpy()).save(place)
+    return root
 
 
 def command(*args, program: str = "train.py", **kwargs) -> subprocess.CompletedProcess:
@@ -61,3 +62,32 @@ def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
     """Equal within a tolerance relative to the largest value."""
     error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
     assert error < tolerance, f"relative difference {error:.2e}"
+
+
+def said(error: str, *words: object) -> None:
+    """One line for the user, no traceback, that holds the words."""
+    line, = [line for line in error.splitlines() if line.strip()]
+    assert "Traceback" not in error
+    for word in words:
+        assert str(word) in line
+
+
+def refused(capsys, argv: list, *words: object) -> None:
+    """The command line says in one line why it cannot do that, exit code 2."""
+    capsys.readouterr()
+    assert train.main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: error: ")
+    said(error, *words)
+
+
+def holds(pool: data.Pool, folder: Path) -> bool:
+    """Whether the pool is of the folder's pictures as they are now."""
+    files = sorted(folder.glob("*/*.png"))
+    return torch.equal(pool.images, torch.stack([data.decode(f, 256) for f in files])) and \
+        [pool.classes[label] for label in pool.labels] == [f.parent.name for f in files]
+
+
+def kept(cache: Path) -> list[str]:
+    """Files of a cache folder, but for its locks."""
+    return sorted(p.name for p in cache.iterdir() if p.suffix != ".lock")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import atha
-from atha import (ATHA, LoRA, Probe, add_lora, atha_step, gap_shift, linear_cka, modality_gap, ra_loss, svl_loss, text_to_tokens,
+from atha import (LoRA, Probe, add_lora, atha_step, gap_shift, linear_cka, modality_gap, ra_loss, svl_loss, text_to_tokens,
                   tir_step, tir_weights)
 
 VECTORS = load_file(HERE / "golden" / "methods.safetensors")
@@ -60,33 +60,7 @@ def test_svl_and_ra_golden(stacked):
         same(ra_loss(relation, fused, recipe), c[f"loss_ra_{recipe}"])
 
 
-# ---------------------------------------------------------------------------------------------------- naive twins
-
-def naive_atha(tokens, texts, alpha, beta, rho, gamma):
-    out = tokens.clone()
-    for b in range(len(tokens)):
-        s = torch.stack([torch.stack([torch.cosine_similarity(v, t, dim=0) for t in texts[b]]) for v in tokens[b, 1:]])
-        order = s.max(1).values.argsort(descending=True).tolist()
-        for i in order[: math.floor(rho * len(order))]:
-            out[b, 1 + i] += alpha[b] * texts[b, s[i].argmax()]
-        for i in order[len(order) - math.floor(gamma * len(order)):]:
-            out[b, 1 + i] -= beta[b] * texts[b, s[i].argmin()]
-    return out
-
-
-def test_atha_step_of_many_episodes_equals_loops():
-    torch.manual_seed(0)
-    tokens, texts, alpha, beta = torch.randn(6, 21, 8), torch.randn(3, 4, 8), torch.randn(3), torch.randn(3)
-    each = [x.repeat_interleave(2, 0) for x in (texts, alpha, beta)]
-    same(atha_step(tokens, texts, alpha, beta, 0.3, 0.2), naive_atha(tokens, *each, 0.3, 0.2))
-
-
-def test_atha_gradients_reach_alpha_beta_and_texts():
-    torch.manual_seed(0)
-    texts, alpha, beta = (torch.randn(*s, requires_grad=True) for s in ((2, 4, 8), (2,), (2,)))
-    atha_step(torch.randn(4, 21, 8), texts, alpha, beta, 0.3, 0.2).square().sum().backward()
-    assert all(x.grad.abs().min() > 0 for x in (alpha, beta)) and texts.grad.abs().sum() > 0
-
+# ------------------------------------------------------------------------------------------- which tokens, how much
 
 @pytest.mark.parametrize("share, length, count", [(0.1, 196, 19), (0.3, 196, 58), (0.29, 100, 29), (0.1, 9, 0), (1.0, 7, 7)])
 def test_number_of_chosen_tokens_is_the_floor(share, length, count):
@@ -113,12 +87,6 @@ def test_tir_inhibits_and_enhances_apart(inhibit, enhance, low, high):
     assert inhibit or weights.min() > 1 - 1e-6
 
 
-def test_copied_cls_grows_the_sequence_and_stays_first():
-    module, tokens = ATHA(layers=2, alpha_block=0, copy_cls=True, rho=0.3), torch.randn(2, 17, 8)
-    out = module.between(torch.randn(5, 8))(tokens, 0).detach()
-    assert out.shape == (2, 18, 8) and torch.equal(out[:, 0], tokens[:, 0])
-
-
 # ----------------------------------------------------------------------------------------------------------- LoRA
 
 def test_lora_starts_as_the_frozen_layer_exactly_and_is_scaled_by_the_root_of_the_rank():
@@ -132,6 +100,13 @@ def test_lora_starts_as_the_frozen_layer_exactly_and_is_scaled_by_the_root_of_th
         e = i // 2
         same(lora(x)[i], linear(x[i]) + 2 * x[i] @ lora.A[e].T @ lora.B[e].T)
     assert not linear.weight.requires_grad and lora.A.requires_grad
+
+
+def test_lora_drops_its_input_in_training_alone():
+    torch.manual_seed(0)
+    lora, x = LoRA(nn.Linear(24, 12), dropout=0.5), torch.randn(2, 5, 24)
+    lora.B.data.normal_()
+    assert not torch.equal(lora(x), lora(x)) and torch.equal(lora.eval()(x), lora(x))
 
 
 @pytest.mark.parametrize("p", [0.25, 0.1])
@@ -163,15 +138,17 @@ def test_cka_of_identical_rotated_and_independent_features():
 
 
 def test_modality_gap_and_gap_shift_of_made_sets():
-    text = torch.eye(4)
-    labels = torch.arange(4).repeat(10)
+    text, labels = torch.eye(4), torch.arange(4).repeat(10)
+    text5 = F.pad(text, (0, 1))
     assert modality_gap(text[labels], text).item() == pytest.approx(0, abs=1e-6)
     assert gap_shift(text[labels], text, labels, 10).item() == pytest.approx(0, abs=1e-6), "aligned: no shift helps"
     assert modality_gap(torch.tensor([[1.0, 0]]), torch.tensor([[0, 1.0]])).item() == pytest.approx(2 ** 0.5)
-    away = torch.tensor([0, 0, 0, 0, 3.0])
-    image = F.normalize(F.pad(text, (0, 1)) + away, dim=-1)[labels]      # all pictures pushed the same way
-    gap = modality_gap(image, F.pad(text, (0, 1)))
-    assert gap > 0.5 and gap_shift(image, F.pad(text, (0, 1)), labels, 10) > 0.1, "closing the gap helps"
+    assert modality_gap(3 * text[labels], text).item() == pytest.approx(0, abs=1e-6), "of unit features"
+    image = F.normalize(text5 + torch.tensor([0, 0, 0, 0, 3.0]), dim=-1)[labels]        # all pictures pushed the same way
+    assert modality_gap(image, text5) > 0.5 and gap_shift(image, text5, labels, 10) > 0.1, "closing the gap helps"
+    half = (image.mean(0) - text5.mean(0)) / 2
+    now, closed = (F.cross_entropy(10 * F.normalize(image - s * half, dim=-1) @ F.normalize(text5 + s * half, dim=-1).T, labels) for s in (0, 1))
+    assert gap_shift(image, text5, labels, 10, reach=1, steps=2).item() == pytest.approx((now - closed).item())
 
 
 def test_probe_counts_the_classes_that_mark_a_token():
@@ -183,5 +160,6 @@ def test_probe_counts_the_classes_that_mark_a_token():
     assert torch.equal(probe(tokens, 0), tokens), "it changes nothing"
     assert probe.share[0].tolist() == pytest.approx([0.4, 0.6, 0.0]) and probe.norm[0][:2].tolist() == pytest.approx([5, 1])
     assert probe.head[0].item() == pytest.approx(0.7071, abs=1e-3) and probe.tail[0].item() == pytest.approx(-0.7071, abs=1e-3)
+    assert probe.neutral[0].item() == pytest.approx(0.7071, abs=1e-3)
     head, tail = probe.masks[0]
     assert tail[0].tolist() == [False] * 6 + [True] * 4 and head.sum() == 3

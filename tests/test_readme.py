@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import REPO, TOY_CLIP
-from torchvision.utils import save_image
+from conftest import REPO, TOY_CLIP, draw_pictures
 
 import data
 import train
@@ -19,13 +18,9 @@ COMMANDS = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh"
 def reader(tmp_path_factory):
     """The folder of someone who follows the README: leaves/, new_pictures/, leaf.jpg, and weights (the toy CLIP, to be quick)."""
     here = tmp_path_factory.mktemp("reader")
-    images, labels = data.toy_pictures(6)
-    for i in range(4 * 6):
-        place = here / "leaves" / data.TOY_CLASSES[int(labels[i])]
-        place.mkdir(parents=True, exist_ok=True)
-        save_image(images[i] / 255, place / f"{i}.png")
-    shutil.copytree(here / "leaves", here / "new_pictures")
-    save_image(images[0] / 255, here / "leaf.jpg")
+    draw_pictures(here / "leaves", 4, 6)
+    draw_pictures(here / "new_pictures", 4, 6)
+    shutil.copy(here / "leaves" / "circle" / "00.png", here / "leaf.jpg")
     shutil.copy(TOY_CLIP, here / "vit-b-16.safetensors")
     return here
 
