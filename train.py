@@ -11,7 +11,7 @@ In a program, `adapt` is the whole of training in one function.
 """
 from __future__ import annotations
 
-import argparse, copy, fcntl, glob, json, os, sys, tempfile, time
+import argparse, copy, fcntl, gc, glob, json, os, sys, tempfile, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -435,6 +435,7 @@ class Cell:
     def train(self, numbers: Sequence[int], fetched: tuple[Tensor, Tensor, Tensor]) -> list[dict]:
         """One record an episode: its accuracy on the queries in % and its last loss."""
         token_ids, support, query = fetched
+        gc.collect()                                                     # a compiled learner refers to itself, so the last one may still be here
         learner = self.adapt(numbers, token_ids, support)
         wanted = torch.arange(self.args.way, device=self.device).repeat_interleave(self.args.query)
         logits = torch.cat([learner.logits(self.queries(part)) for part in query.split(25, 1)], 1)    # (E, Q, N)
@@ -452,6 +453,7 @@ class Cell:
                   "recipe": asdict(self.recipe), "weights": self.clip.fingerprint, "data": self.pool.fingerprint, "precision": a.precision}
         name = f"{Path(self.dataset).name}-{a.way}way-{self.shot}shot-{self.method}-{a.recipe}-seed{a.seed}"
         results = Results(Path(a.out) / name, header, rank)
+        torch.compiler.reset()                                           # other shapes than the last cell's: its graphs would only count to the limit
         mine = range(rank, episodes, size)
         todo = [n for n in mine if n not in results.done]
         support = a.way * self.shot
