@@ -220,9 +220,8 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     """Fine-tune E episodes in one batch, each as it would be alone but for dropout's masks; clip itself is left as it was.
 
     support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> Learner with .losses (steps, E) and .logits.
-    batches(step): the step's pictures (E, B, 3, S, S) and labels (E, B), the same whenever it is asked, default the support set.
-    What is random:
-    seeds (one an episode) for the first A of LoRA and SVL's picks; or given, lora_A {module name: (rank, in) or
+    batches(step): the step's pictures (E, B, 3, S, S) and labels (E, B), the same whenever asked, default the support set.
+    Chance: seeds (one an episode) draw LoRA's first A and SVL's picks; or give lora_A {module name: (rank, in) or
     (E, rank, in)} and picks (steps, N) or (steps, E, N), rows of the step's pictures. Dropout uses torch's own generator.
     chunk: pictures an episode held for backward at once, 0 for all; the result is that of the full batch.
     """
@@ -435,7 +434,8 @@ class Cell:
     def train(self, numbers: Sequence[int], fetched: tuple[Tensor, Tensor, Tensor]) -> list[dict]:
         """One record an episode: its accuracy on the queries in % and its last loss."""
         token_ids, support, query = fetched
-        gc.collect()                                                     # a compiled learner refers to itself, so the last one may still be here
+        if self.args.compile:
+            gc.collect()                                                 # a compiled learner refers to itself, so the last one may still be here
         learner = self.adapt(numbers, token_ids, support)
         wanted = torch.arange(self.args.way, device=self.device).repeat_interleave(self.args.query)
         logits = torch.cat([learner.logits(self.queries(part)) for part in query.split(25, 1)], 1)    # (E, Q, N)
