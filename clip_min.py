@@ -407,7 +407,7 @@ def download(url: str, target: Path, sha256: str) -> Path:
             os.replace(part, target)
         except (OSError, ValueError, http.client.HTTPException) as e:
             reason = " ".join(str(e).split()) or repr(e)
-            raise WeightsError(f"cannot download {url} ({reason}): fetch it on another machine and put it at {target}") from e
+            raise WeightsError(f"cannot download {url} ({reason}): fetch it on another machine and put it at {target}, or give --weights") from e
         finally:
             part.unlink(missing_ok=True)
     return target

@@ -58,10 +58,10 @@ class Pool:
         Raises DataError when there are too few classes, or a class has too few pictures.
         """
         if way > len(self.classes):
-            raise DataError(f"{way} classes asked, the dataset has {len(self.classes)}")
+            raise DataError(f"{way} classes asked (way), the dataset has {len(self.classes)}")
         for name, rows in zip(self.classes, self.rows):
             if len(rows) < shot + query:
-                raise DataError(f"class {name!r} has {len(rows)} pictures, {shot} + {query} = {shot + query} are needed")
+                raise DataError(f"class {name!r} has {len(rows)} pictures, {shot} + {query} = {shot + query} (shot + query) are needed")
         g = generator("episode", seed, number)
         classes = torch.randperm(len(self.classes), generator=g)[:way]
         drawn = torch.stack([self.rows[c][torch.randperm(len(self.rows[c]), generator=g)[: shot + query]] for c in classes])

@@ -318,7 +318,7 @@ def paper_figure(method: str, shot: int, column: str) -> str:
 def mean_and_interval(accuracies: Sequence[float]) -> tuple[float, float]:
     """Mean and half the 95 % interval, 1.96 std / sqrt(n), of accuracies in %."""
     a = torch.tensor(accuracies, dtype=torch.float64)
-    return a.mean().item(), 1.96 * a.std(correction=0).item() / len(a) ** 0.5
+    return a.mean().item(), 1.96 * a.std(correction=0).item() / len(a) ** 0.5 if len(a) > 1 else float("nan")
 
 
 class Results:
@@ -461,8 +461,8 @@ class Cell:
         shown = min(self.recipe.minibatch or shown, shown) + support * ("ra" in switches(self.method))     # RA adds the plain pictures
         at_once = a.batch or min(128 if self.device.type == "cuda" else 16, max(1, pictures_at_once(self.clip, self.device) // shown))
         accuracies, begun, total = [results.done[n]["accuracy"] for n in mine if n in results.done], time.monotonic(), len(todo)
-        if rank == 0 and accuracies:
-            print(f"{name}: {len(accuracies)} of {len(mine)} episodes are done already", file=sys.stderr)
+        if rank == 0 and todo:
+            progress(f"{name}: {len(accuracies)} of {len(mine)} episodes are done, the others {min(at_once, total)} at a time")
         with ThreadPoolExecutor(1) as background:
             ahead = background.submit(self.fetch, todo[:at_once]) if todo else None
             while todo:
@@ -512,9 +512,12 @@ def flagged(args: argparse.Namespace, recipe: Recipe) -> Recipe:
     recipe = replace(recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     if "{}" not in recipe.prompt:
         raise UsageError(f"--prompt {recipe.prompt!r} has no {{}}, where the class name goes")
-    for name in ("rho", "gamma", "tir_top", "dropout", "extra_share"):
-        if not 0 <= getattr(recipe, name) <= 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(recipe, name)} is not a share from 0 to 1")
+    for name, value in asdict(recipe).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if name in ("rho", "gamma", "tir_top", "dropout", "extra_share") and not 0 <= value <= 1:
+            raise UsageError(f"{flag} is not a share from 0 to 1")
+        if isinstance(value, int | float) and name not in ("alpha", "beta", "text_block") and not 0 <= value < float("inf"):
+            raise UsageError(f"{flag} is not a number from 0 up")
     for block in (recipe.alpha_block, *recipe.tir_blocks, 11 if recipe.text_block == -1 else recipe.text_block):
         if not 0 <= block < 12:
             raise UsageError(f"there is no block {block}: they are given for towers of 12, 0 to 11")
@@ -574,9 +577,8 @@ def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> None:
     begun, every = time.monotonic(), 1 if sys.stderr.isatty() else max(1, recipe.steps // 10)
 
     def told(step: int) -> tuple[Tensor, Tensor]:                        # adapt asks for a step's pictures when the steps before are done
-        if step and (step % every == 0 or step == recipe.steps - 1):
-            taken = time.monotonic() - begun
-            progress(f"step {step + 1}/{recipe.steps}, {taken / step * (recipe.steps - step):.0f} s left", last=step == recipe.steps - 1)
+        if step and step % every == 0:
+            progress(f"step {step}/{recipe.steps}, {(time.monotonic() - begun) / step * (recipe.steps - step):.0f} s left")
         return batches(step)
     learner = None
     while learner is None:
@@ -588,6 +590,7 @@ def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> None:
                 raise UsageError("out of GPU memory with one picture at a time") from e
             chunk = min(chunk, pictures) // 2
             print(f"\nout of GPU memory: {chunk} pictures at a time from here on", file=sys.stderr)
+    progress(f"fitted in {time.monotonic() - begun:.0f} s", last=True)
     if len(learner.losses) and not learner.losses[-1].isfinite().all():
         raise UsageError("the loss is not a number: lower --lr, or use --precision float32")
     metadata = {"classes": pool.classes, "phrases": phrases, "method": method, "recipe": asdict(recipe), "weights": clip.fingerprint}
@@ -596,9 +599,13 @@ def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> None:
     if args.holdout:
         plain_held = plain(pool.images[held].to(device), size, centre=recipe.augment == "none")[None]
         zero_shot = adapt(clip, still, labels, token_ids, "zero-shot", recipe)
+        counts = []
         for name, model in (("zero-shot", zero_shot), (method, learner)):
             right = model.logits(plain_held)[0].argmax(-1).cpu() == pool.labels[held]
-            print(f"{name + ':':{len(method) + 10}s} {100 * right.double().mean():6.2f} % ({int(right.sum())} of {len(held)} pictures held out)")
+            counts.append(int(right.sum()))
+            print(f"{name + ':':{len(method) + 10}s} {100 * right.double().mean():6.2f} % ({counts[-1]} of {len(held)} pictures held out)")
+        if counts[1] <= counts[0]:
+            print("tuning did not help on these pictures: plain CLIP does as well")
 
 
 def load_tuned(path: str | Path, clip: CLIP, tokenizer: Tokenizer) -> Learner:
@@ -634,7 +641,7 @@ def predict(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
         raise UsageError("no pictures to classify: name pictures or folders after the saved file")
     wide, named = (max(map(len, x)) for x in (map(str, paths), learner.classes))
     if not args.json:
-        print(f"{'picture':{wide}s}  {'class':{named}s}        %  {'runner-up':{named}s}        %")
+        print(f"{'picture':{wide}s}  {'class':{named}s}      %  {'runner-up':{named}s}      %")
     confusion, skipped = torch.zeros(len(learner.classes), len(learner.classes), dtype=torch.int64), 0
     for start in range(0, len(paths), 64):
         found = []
@@ -652,7 +659,7 @@ def predict(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
                 if args.json:
                     print(json.dumps({"picture": str(path), "class": names[0], "probability": values[0], "runner_up": names[1], "runner_up_probability": values[1]}))
                 else:
-                    print(f"{path!s:{wide}s}  " + "  ".join(f"{name:{named}s}  {100 * value:7.3f}" for name, value in zip(names, values)))
+                    print(f"{path!s:{wide}s}  " + "  ".join(f"{name:{named}s}  {100 * value:5.1f}" for name, value in zip(names, values)))
                 if path.parent.name in learner.classes:
                     confusion[learner.classes.index(path.parent.name), indices[0]] += 1
         if len(paths) > 64 and not sys.stdout.isatty():                  # on a terminal the table itself tells how far
@@ -771,8 +778,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.method = list(TABLE) if args.method == ["all"] else args.method or default
     for method in args.method:
         switches(method)
-    if args.fit and (not args.save or len(args.method) > 1):
-        parser.error("--fit needs --save FILE, and one method")
+    if args.fit and not args.save:
+        parser.error("--fit needs --save FILE")
+    if args.fit and len(args.method) > 1:
+        parser.error("--fit takes one method")
+    for name in ("save", "holdout", "names"):
+        if getattr(args, name) and not args.fit:
+            parser.error(f"--{name} goes with --fit")
     if args.draw and len(args.dataset) * len(args.shot) * len(set(args.method) - {"zero-shot"}) != 1:
         parser.error("--draw makes one picture: give one dataset, one shot and one method")
     args.precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
@@ -788,6 +800,8 @@ def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.fit, args.predict and args.predict[0])):          # a slip of the pen should not cost a download
         if not Path(path).exists():
             raise UsageError(f"there is no {path}")
+    if args.fit and not Path(args.fit).is_dir():
+        raise UsageError(f"--fit {args.fit}: it takes a folder of class folders")
     args.compile = args.compile and compile_works(device)
     torch.backends.cudnn.allow_tf32 = False                                          # float32 means float32
     for dataset in args.dataset:

@@ -212,8 +212,8 @@ BAD = {    # arguments, words that must be in the one line
     "eurosat half there": (["--dataset", "eurosat", "--data", "{tmp}/half", *TOYS], ["{tmp}/half/eurosat/2750"]),
     "no pictures": (["--dataset", "{tmp}/half/eurosat", *TOYS], ["{tmp}/half/eurosat"]),
     "weights not there": (["--dataset", "toy", "--weights", "{tmp}/none.pt"], ["{tmp}/none.pt"]),
-    "classes": ([*FEW, "--way", 17], ["17 classes asked, the dataset has 16"]),
-    "pictures": ([*FEW, "--query", 300], ["class 'circle' has 12 pictures, 1 + 300 = 301 are needed"]),
+    "classes": ([*FEW, "--way", 17], ["17 classes asked (way), the dataset has 16"]),
+    "pictures": ([*FEW, "--query", 300], ["class 'circle' has 12 pictures, 1 + 300 = 301 (shot + query) are needed"]),
     "NaN": ([*FEW, "--lr", 1e30], ["not a number", "0", "1", "--lr"]),
     "mini-batches with RA": ([*FEW, "--method", "svl", "--minibatch", 2], ["--minibatch", "RA"]),
     "one picture of two": ([*FEW, "--method", "atha", "tir", "--draw", "x.png"], ["--draw", "one method"]),
@@ -224,8 +224,12 @@ BAD = {    # arguments, words that must be in the one line
     "draw which": ([*FEW, "--draw", "x.png", "--draw-block", 4], ["0 to 3"]),
     **{f"{name} {value}": (["--dataset", "toy", name, value], [name, "0 to 1"]) for name, value in
        [("--rho", 1.5), ("--gamma", -0.1), ("--tir-top", 2), ("--dropout", 2), ("--extra-share", -1)]},
+    **{f"{name} {value}": (["--dataset", "toy", name, value], [name, "number"]) for name, value in
+       [("--lr", -1), ("--lr", "nan"), ("--weight-decay", -1), ("--scale", "inf"), ("--context", -3)]},
+    "names alone": (["--dataset", "toy", "--names", "x.json"], ["--names goes with --fit"]),
+    "fit a file": (["--fit", "{tmp}/file", "--save", "y"], ["{tmp}/file", "folder"]),
     **{f"{name} {value}": (["--dataset", "toy", name, value], [f"no block {value}"]) for name, value in
-       [("--alpha-block", 12), ("--tir-blocks", 15), ("--text-block", 12), ("--alpha-block", -1)]},
+       [("--alpha-block", 12), ("--tir-blocks", 15), ("--text-block", 12)]},
     "NaN after the last step": ([*FEW, "--steps", 1, "--lr", 1e38], ["not a number", "--lr"]),
     "out is a file": ([*FEW, "--out", "{tmp}/file"], ["{tmp}/file"]),
     "device": (["--dataset", "toy", "--device", "nonsense"], ["nonsense"]),

@@ -253,6 +253,7 @@ def test_tir_acts_before_its_own_blocks_alone(toy):
 
 def test_interval_is_1_96_standard_errors():
     assert train.mean_and_interval([10, 20, 30, 40]) == pytest.approx((25, 1.96 * 125 ** 0.5 / 2))
+    assert math.isnan(train.mean_and_interval([10])[1])
 
 
 def test_markdown_table_has_the_papers_figure_beside_ours():
@@ -273,7 +274,7 @@ def test_the_toy_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert train.main([*line, "16"]) == 0
     again = capsys.readouterr()
     assert re.findall(r"[\d.]+ ± [\d.]+", again.out) == re.findall(r"[\d.]+ ± [\d.]+", said.stdout) and "episodes/s" not in again.err
-    assert train.main([*line, "18"]) == 0 and "16 of 18 episodes are done already" in capsys.readouterr().err
+    assert train.main([*line, "18"]) == 0 and "16 of 18 episodes are done, the others 2 at a time" in capsys.readouterr().err
     header, *records = map(json.loads, next((tmp_path / "results").glob("*clip-lora*.jsonl")).read_text().splitlines())
     assert header["recipe"]["steps"] == 30 and [r["episode"] for r in records] == list(range(18))
 
