@@ -25,8 +25,8 @@ def downloaded(own_cache):
 def reader(tmp_path_factory):
     """The folder of someone who follows the README: leaves/, new_pictures/, leaf.jpg."""
     here = tmp_path_factory.mktemp("reader")
-    draw_pictures(here / "leaves", 4, 6)
-    draw_pictures(here / "new_pictures", 4, 6)
+    draw_pictures(here / "leaves", 2, 6)
+    draw_pictures(here / "new_pictures", 2, 6)
     shutil.copy(here / "leaves" / "circle" / "00.png", here / "leaf.jpg")
     return here
 

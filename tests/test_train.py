@@ -18,7 +18,7 @@ import data
 import train
 from train import METHODS, RECIPES, Recipe, UsageError, adapt, recipe_for, switches
 
-QUIET = {"steps": 3, "dropout": 0.0}
+QUIET = {"steps": 2, "dropout": 0.0}
 EVERY = [*METHODS, "atha+tir", "tir+svl"]
 
 
@@ -266,17 +266,17 @@ def test_markdown_table_has_the_papers_figure_beside_ours():
 def test_the_toy_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     """Tuning beats zero-shot; the second start finds everything done; two more episodes go on from there."""
     line = "--dataset toy --shot 1 --method zero-shot clip-lora --steps 30 --episodes".split()
-    said = command(*line, 16, cwd=tmp_path)
+    said = command(*line, 8, cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     means = dict(re.findall(r"^toy 5-way 1-shot (\S+) \(paper\): ([\d.]+) ±", said.stdout, re.M))
     assert float(means["clip-lora"]) > float(means["zero-shot"]) + 3
     monkeypatch.chdir(tmp_path)
-    assert train.main([*line, "16"]) == 0
+    assert train.main([*line, "8"]) == 0
     again = capsys.readouterr()
     assert re.findall(r"[\d.]+ ± [\d.]+", again.out) == re.findall(r"[\d.]+ ± [\d.]+", said.stdout) and "episodes/s" not in again.err
-    assert train.main([*line, "18"]) == 0 and "16 of 18 episodes are done, the others 2 at a time" in capsys.readouterr().err
+    assert train.main([*line, "10"]) == 0 and "8 of 10 episodes are done, the others 2 at a time" in capsys.readouterr().err
     header, *records = map(json.loads, next((tmp_path / "results").glob("*clip-lora*.jsonl")).read_text().splitlines())
-    assert header["recipe"]["steps"] == 30 and [r["episode"] for r in records] == list(range(18))
+    assert header["recipe"]["steps"] == 30 and [r["episode"] for r in records] == list(range(10))
 
 
 def test_real_pictures_with_a_trained_clip(tmp_path, capsys):
@@ -285,7 +285,7 @@ def test_real_pictures_with_a_trained_clip(tmp_path, capsys):
     weights, root = from_environment("ATHA_WEIGHTS", "a small trained CLIP"), from_environment("ATHA_DATA", "a folder with eurosat/2750")
     (tmp_path / "eurosat").mkdir()
     (tmp_path / "eurosat" / "2750").symlink_to(root.resolve() / "eurosat" / "2750")
-    argv = "--dataset eurosat --shot 1 --method zero-shot atha --steps 20 --lr 5e-4 --episodes 12 --precision bfloat16 --batch 4 --probe"
+    argv = "--dataset eurosat --shot 1 --method zero-shot atha --steps 20 --lr 5e-4 --episodes 10 --precision bfloat16 --batch 5 --probe"
     assert train.main([*argv.split(), "--data", str(tmp_path), "--weights", str(weights), "--out", str(tmp_path / "results")]) == 0
     (zero, z), (tuned, t) = [map(float, pair) for pair in re.findall(r"^eurosat .*: ([\d.]+) ± ([\d.]+) %", capsys.readouterr().out, re.M)]
     assert tuned - t > zero + z
