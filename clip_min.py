@@ -399,7 +399,6 @@ def download(url: str, target: Path, sha256: str) -> Path:
                     digest.update(chunk)
                     done += len(chunk)
                     print(f"\r{done / 1e6:8.1f} MB of {total / 1e6:.1f}", end="", file=sys.stderr)
-            print(file=sys.stderr)
             if done < total:
                 raise WeightsError(f"the download of {url} broke off after {done} of {total} bytes: run the command again")
             if digest.hexdigest() != sha256:
@@ -409,6 +408,8 @@ def download(url: str, target: Path, sha256: str) -> Path:
             reason = " ".join(str(e).split()) or repr(e)
             raise WeightsError(f"cannot download {url} ({reason}): fetch it on another machine and put it at {target}, or give --weights") from e
         finally:
+            if done:
+                print(file=sys.stderr)                                   # ends the line of progress, before a message too
             part.unlink(missing_ok=True)
     return target
 

@@ -285,9 +285,10 @@ def build_cache(place: Path, entries: list[tuple[Path, int]], classes: list[str]
                 file.write(batch.numpy())
                 done += len(batch)
                 print(f"\rdecoding pictures {done}/{total}, {done / (time.monotonic() - begun):.0f} a second ", end="", file=sys.stderr)
-            print(file=sys.stderr)
         os.replace(part, place)
     finally:
+        if done:
+            print(file=sys.stderr)                                       # ends the line of progress, before a message too
         part.unlink(missing_ok=True)
 
 

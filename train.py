@@ -453,7 +453,8 @@ class Cell:
                   "recipe": asdict(self.recipe), "weights": self.clip.fingerprint, "data": self.pool.fingerprint, "precision": a.precision}
         name = f"{Path(self.dataset).name}-{a.way}way-{self.shot}shot-{self.method}-{a.recipe}-seed{a.seed}"
         results = Results(Path(a.out) / name, header, rank)
-        torch.compiler.reset()                                           # other shapes than the last cell's: its graphs would only count to the limit
+        if a.compile:
+            torch.compiler.reset()                                       # other shapes than the last cell's: its graphs would only count to the limit
         mine = range(rank, episodes, size)
         todo = [n for n in mine if n not in results.done]
         support = a.way * self.shot
@@ -869,7 +870,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))      # only to wait: the parts never talk
         return run(args)
     except (UsageError, clip_min.WeightsError, DataError) as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
+        progress(f"train.py: error: {e}", last=True)                     # takes the place of an unfinished line
         return 2
     except BrokenPipeError:                                              # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -138,6 +138,14 @@ def test_broken_picture_is_named(case, tmp_path, own_cache, capsys):
     assert holds(data.load(str(folder)), folder)
 
 
+def test_a_message_has_a_line_of_its_own(tmp_path, capsys):
+    """Also after a line of progress: the 70th picture is in the second batch to be decoded."""
+    folder = draw_pictures(tmp_path / "pictures", classes=2, each=35)
+    (folder / "square" / "34.png").write_text("no picture")
+    assert train.main(["--dataset", str(folder), "--weights", str(TOY_CLIP), "--way", "2"]) == 2
+    assert re.search(r"\rdecoding pictures 64/70, .*\ntrain.py: error: cannot decode .*34.png.*\n$", capsys.readouterr().err)
+
+
 def test_what_is_no_picture_is_left_out(tmp_path, capsys):
     folder = draw_pictures(tmp_path / "pictures", classes=2, each=2)
     for name in ("empty", "words", ".git", "circle/inner.jpg"):
