@@ -1,4 +1,4 @@
-"""CLIP by hand: vision transformer, text transformer, BPE tokenizer, weights. Needs torch and safetensors (to read pictures, torchvision).
+"""CLIP, PE-Core and SigLIP by hand: towers, tokenizers, weights. Needs torch and safetensors.
 
     clip, tokenizer = load()                                   # OpenAI's ViT-B/16, fetched once
     image = clip.encode_image(images)                          # (B, 3, 224, 224) normalised -> (B, 512)
@@ -7,30 +7,58 @@
     python clip_min.py classify cat.jpg "a cat" "a dog"
     python clip_min.py convert ViT-B-16.pt vit-b-16.safetensors
 
-Parameter names are OpenAI's, but for the attention's input projection, which is split into q, k and v so that an
-adapter can wrap each. Source: Radford et al. 2021 and OpenAI's released weights.
+Parameter names are OpenAI's, but for the attention's input projection, which is split into q, k and v so that
+an adapter can wrap each. Sources: Radford et al. 2021 (CLIP), Bolya et al. 2025 (PE-Core), Tschannen et al.
+2025 (SigLIP 2), their weights. Reading pictures takes torchvision, SigLIP's text the package tokenizers.
 """
 from __future__ import annotations
 
-import argparse, fcntl, gzip, hashlib, html, http.client, json, os, re, sys, urllib.request, warnings, zlib
+import argparse
+import gzip
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import re
+import socket
+import sys
+import textwrap
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # of an RGB picture in 0..1
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atha"
+try:
+    import fcntl
+except ImportError:                      # Windows: processes that start at once may fetch the same file twice
+    fcntl = None
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)    # of an RGB picture in 0..1, as CLIP takes it
+STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").removeprefix("~/")) / "atha"
 VIT_B16_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 VIT_B16_URL = f"https://openaipublic.azureedge.net/clip/models/{VIT_B16_SHA256}/ViT-B-16.pt"
+OPENAI_SHA256 = {    # what may be opened as TorchScript, which runs code: ViT-B/32, B/16, L/14, L/14@336
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", VIT_B16_SHA256,
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
 MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 MERGES_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
-MERGES_FILE, OPENAI_VOCAB = "bpe_simple_vocab_16e6.txt.gz", 49408
+OPENAI_VOCAB = 49408
+BYTES_ONLY = 514            # ids of a byte-pair vocabulary without a merge
 
 Between = Callable[[Tensor, int], Tensor]    # (tokens (B, T, D), layer) -> tokens, called before every block
 
@@ -39,11 +67,36 @@ class WeightsError(Exception):
     """Weights that cannot be had or used; the message is one line for the user."""
 
 
-# ---------------------------------------------------------------------------------------------------------- model
+@contextmanager
+def failing(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is a WeightsError of one line: what, then why."""
+    try:
+        yield
+    except Exception as e:                     # what damaged files, servers and packages raise is manifold
+        why = str(e) if isinstance(e, WeightsError) else f"{type(e).__name__}: {e}"
+        raise WeightsError(textwrap.shorten(f"{what}: {why}", 500)) from e
+
+
+# ------------------------------------------------------------------------------------------------------ model
+
+ACTIVATIONS = {    # (f, a) by Hugging Face's names: the activation of y is f(a·y) / a
+    "quick_gelu": (F.silu, 1.702),    # y·sigmoid(1.702 y)
+    "gelu": (F.gelu, 1.0),
+    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), 1.0),
+}
+FAMILIES = {    # what their own models have
+    "clip": {"activation": "quick_gelu", "eps": 1e-5, "mean": MEAN, "std": STD},
+    "pe-core": {"activation": "gelu", "eps": 1e-5, "mean": HALF, "std": HALF},
+    "siglip": {"activation": "gelu_pytorch_tanh", "eps": 1e-6, "mean": HALF, "std": HALF},
+}
+
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes of both towers (default ViT-B/16). Heads are width / 64, the MLP is 4 x width, as in all of OpenAI's ViTs."""
+    """Sizes of both towers and what else tells backbones apart (default ViT-B/16). An MLP is 4 x width wide.
+
+    Raises WeightsError naming a value that no backbone here has.
+    """
     embed: int = 512
     image: int = 224            # pixels a side
     patch: int = 16             # pixels a side
@@ -53,70 +106,132 @@ class CLIPConfig:
     text_layers: int = 12
     context: int = 77           # tokens in a row of text, start and end included
     vocab: int = OPENAI_VOCAB
+    family: str = "clip"        # clip, pe-core or siglip
+    activation: str = "quick_gelu"
+    eps: float = 1e-5           # of every LayerNorm
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    vision_head: int = 64       # channels of a head
+    text_head: int = 64
+
+    def __post_init__(self):
+        most = {"embed": 2 ** 14, "image": 4096, "vision_width": 2 ** 14, "vision_layers": 256,
+                "text_width": 2 ** 14, "text_layers": 256, "context": 4096, "vocab": 2 ** 21,
+                "vision_head": 1024, "text_head": 1024}
+        for name, limit in most.items():                 # what a config tells is believed within reason
+            if not 0 < getattr(self, name) <= limit:
+                raise WeightsError(f"{name} {getattr(self, name)!r}: no such backbone is built")
+        fits = {
+            "patch": 0 < self.patch <= self.image <= 256 * self.patch,
+            "vision_width": self.vision_width % self.vision_head == 0,
+            "text_width": self.text_width % self.text_head == 0,
+            "context": self.context > 2,
+            "family": self.family in FAMILIES, "activation": self.activation in ACTIVATIONS,
+            "eps": 0 < self.eps < 1,
+            "mean": [0 <= x <= 1 for x in self.mean] == [True] * 3,
+            "std": [0 < x <= 1 for x in self.std] == [True] * 3,
+        }
+        for name, good in fits.items():
+            if not good:
+                raise WeightsError(f"{name} {getattr(self, name)!r}: no such backbone is built")
 
     @classmethod
     def from_weights(cls, weights: dict[str, Tensor]) -> CLIPConfig:
-        """Read the sizes off the tensors' shapes. Raises WeightsError naming a tensor that is missing or misshapen."""
-        def shape(name: str, dims: int) -> torch.Size:
-            if name not in weights:
-                raise WeightsError(f"not CLIP weights: tensor {name} is missing")
-            if weights[name].dim() != dims:
-                raise WeightsError(f"not CLIP weights: {name} has shape {tuple(weights[name].shape)}")
-            return weights[name].shape
+        """Family and sizes by the tensors' names and shapes, the rest as the family's own models have it.
 
-        def layers(tower: str) -> int:
-            return len({m[1] for m in (re.match(rf"{tower}transformer\.resblocks\.(\d+)\.", name) for name in weights) if m})
-
-        width, _, patch, _ = shape("visual.conv1.weight", 4)
-        grid = round((shape("visual.positional_embedding", 2)[0] - 1) ** 0.5)
-        vocab, text_width = shape("token_embedding.weight", 2)
-        return cls(shape("visual.proj", 2)[1], grid * patch, patch, width, layers("visual."), text_width, layers(""),
-                   shape("positional_embedding", 2)[0], vocab)
+        Raises WeightsError, or LookupError or ValueError for tensors that are no backbone's.
+        """
+        family = "clip"
+        if "visual.pool.query" in weights:
+            family = "siglip" if "visual.conv1.bias" in weights else "pe-core"
+        width, _, patch, _ = weights["visual.conv1.weight"].shape
+        patches = len(weights["visual.positional_embedding"]) - (family != "siglip")
+        vocab, text_width = weights["token_embedding.weight"].shape
+        layers, text_layers = (
+            sum(name.startswith(tower) and name.endswith(".ln_1.weight") for name in weights)
+            for tower in ("visual.transformer.", "transformer.")
+        )
+        return cls(
+            embed=weights["text_projection"].shape[1], image=math.isqrt(max(patches, 0)) * patch, patch=patch,
+            vision_width=width, vision_layers=layers, text_width=text_width, text_layers=text_layers,
+            context=len(weights["positional_embedding"]), vocab=vocab, family=family, **FAMILIES[family],
+        )
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.heads = width // 64
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+    """Multi-head attention: x's queries over the keys and values of the context."""
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
+    def __init__(self, width: int, heads: int, causal: bool = False, rope: Tensor | None = None):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.register_buffer("rope", rope, persistent=False)                          # (2, T, C): cos, sin
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:                          # (B, T, D), (B, S, D)
         def split(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                      # (B, heads, T, 64)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        if x.is_cuda or x.dtype == torch.float32:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        else:                                                # in bfloat16 on a CPU its backward takes five times as long as this
-            scores = 64 ** -0.5 * q @ k.mT                                                # (B, heads, T, T)
-            y = (scores + torch.full_like(scores[0, 0], -torch.inf).triu(1) if causal else scores).softmax(-1) @ v
-        return self.out_proj(y.transpose(1, 2).flatten(2))                                # (B, T, D)
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                  # (B, heads, T, C)
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(context)), split(self.v_proj(context))
+        if self.rope is not None:
+            q, k = rotate(q, *self.rope), rotate(k, *self.rope)
+        if x.is_cuda or self.causal or x.dtype == torch.float32:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        else:    # bfloat16 on a CPU: 59 ms against 112 ms (12 heads, 5 pictures, both ways, 1 thread)
+            scores = q.shape[-1] ** -0.5 * q @ k.mT                                   # (B, heads, T, S)
+            y = scores.softmax(-1) @ v
+        return self.out_proj(y.transpose(1, 2).flatten(2))                            # (B, T, D)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs of neighbouring channels by the token's angles; x (B, heads, T, C), cos and sin (T, C)."""
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)                    # (a, b) -> (-b, a)
+    return x * cos + turned * sin
+
+
+def rope_2d(grid: int, channels: int) -> Tensor:
+    """Cosines and sines (2, 1 + grid², C) of PE-Core's rotary positions: half the channels by x, half by y.
+
+    Patches count from 1; [CLS] stands at the origin, so it is not turned.
+    """
+    exponent = torch.arange(0, 1, 4 / channels, device="cpu")                     # (C/4,); never on "meta"
+    place = torch.arange(1, grid + 1, device="cpu")
+    xy = F.pad(torch.cartesian_prod(place, place).flip(1), (0, 0, 1, 0))              # (1+L, 2)
+    angle = (xy[:, :, None] * 10000 ** -exponent).flatten(1).repeat_interleave(2, 1)  # (1+L, C)
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, activation: str):
         super().__init__()
         self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.f, self.a = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.silu(1.702 * self.c_fc(x)) / 1.702)    # QuickGELU x * sigmoid(1.702 x); silu keeps one tensor for backward
+    def forward(self, x: Tensor) -> Tensor:                                           # (…, D) -> (…, D)
+        """c_proj(activation(c_fc(x))); a and 1 / a ride on the products: fewer passes over (…, 4D)."""
+        if {type(self.c_fc), type(self.c_proj)} != {nn.Linear}:                       # an adapter is there
+            return self.c_proj(self.f(self.a * self.c_fc(x)) / self.a)
+        y = torch.addmm(self.a * self.c_fc.bias, x.flatten(0, -2), self.c_fc.weight.T, alpha=self.a)
+        return torch.addmm(self.c_proj.bias, self.f(y), self.c_proj.weight.T, alpha=1 / self.a).view_as(x)
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, causal: bool):
-        super().__init__()
-        self.causal = causal
-        self.ln_1, self.attn = nn.LayerNorm(width), Attention(width)
-        self.ln_2, self.mlp = nn.LayerNorm(width), MLP(width)
+    rows = slice(None)          # the tokens that it gives out; the last block: those that are pooled
 
-    def forward(self, x: Tensor) -> Tensor:                                               # (B, T, D) -> (B, T, D)
-        x = x + self.attn(self.ln_1(x), self.causal)
+    def __init__(self, width: int, config: CLIPConfig, attention: Attention):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(width, config.eps), attention
+        self.ln_2, self.mlp = nn.LayerNorm(width, config.eps), MLP(width, config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:                                       # (B, T, D) -> (B, rows, D)
+        y = self.ln_1(x)
+        x = x[:, self.rows] + self.attn(y[:, self.rows], y)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, layers: int, causal: bool = False):
+    def __init__(self, width: int, head: int, layers: int, config: CLIPConfig, **how):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, causal) for _ in range(layers))
+        attention = partial(Attention, width, width // head, **how)
+        self.resblocks = nn.ModuleList(Block(width, config, attention()) for _ in range(layers))
 
     def forward(self, x: Tensor, between: Between | None = None) -> Tensor:
         for layer, block in enumerate(self.resblocks):
@@ -124,92 +239,153 @@ class Transformer(nn.Module):
         return x
 
 
+class AttentionPool(nn.Module):
+    """All tokens to one: a learned query attends to them, then an MLP (PE-Core, SigLIP)."""
+
+    def __init__(self, width: int, config: CLIPConfig, heads: int):
+        super().__init__()
+        self.query = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.attn = Attention(width, heads)
+        self.ln_2, self.mlp = nn.LayerNorm(width, config.eps), MLP(width, config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:                                              # (B, T, D) -> (B, D)
+        x = self.attn(self.query.expand(len(x), 1, -1), x)[:, 0]
+        return x + self.mlp(self.ln_2(x))
+
+
 class VisionTransformer(nn.Module):
-    """ViT with a [CLS] token first; `between(tokens (B, 1+L, D), layer)` may change the tokens before every block."""
+    """ViT; `between(tokens (B, first_patch + L, D), layer)` may change the tokens before every block."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        width, length = config.vision_width, (config.image // config.patch) ** 2 + 1
-        self.conv1 = nn.Conv2d(3, width, config.patch, config.patch, bias=False)
-        self.class_embedding = nn.Parameter(width ** -0.5 * torch.randn(width))
+        width, grid = config.vision_width, config.image // config.patch
+        rotary, siglip = config.family == "pe-core", config.family == "siglip"
+        self.first_patch = 0 if siglip else 1                  # [CLS] stands before the patches
+        self.conv1 = nn.Conv2d(3, width, config.patch, config.patch, bias=siglip)
+        self.class_embedding = None if siglip else nn.Parameter(width ** -0.5 * torch.randn(width))
+        length = self.first_patch + grid ** 2
         self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(length, width))
-        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, config.vision_layers)
-        self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed))
+        self.ln_pre = nn.Identity() if siglip else nn.LayerNorm(width, config.eps)
+        self.ln_post = nn.LayerNorm(width, config.eps)
+        head = config.vision_head
+        rope = rope_2d(grid, head) if rotary else None
+        self.transformer = Transformer(width, head, config.vision_layers, config, rope=rope)
+        self.pool = None
+        if config.family == "clip":
+            self.transformer.resblocks[-1].rows = slice(1)
+        else:
+            self.pool = AttentionPool(width, config, heads=8 if rotary else width // head)
+        self.projects = not siglip                             # its tokens are in the texts' space already
+        if self.projects:
+            self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed))
+        else:
+            self.register_buffer("proj", torch.eye(width, device="cpu"), persistent=False)
+        self.proj_bias = nn.Parameter(torch.zeros(config.embed)) if rotary else None
 
     def forward(self, images: Tensor, between: Between | None = None) -> Tensor:
-        """(B, 3, S, S) normalised by MEAN and STD -> (B, embed), not of unit length."""
+        """(B, 3, S, S) normalised by the backbone's mean and std -> (B, embed), not of unit length."""
         x = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)     # (B, L, D)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)                 # (B, 1+L, D)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)             # (B, 1+L, D)
         x = self.transformer(self.ln_pre(x + self.positional_embedding), between)
-        return self.ln_post(x[:, 0]) @ self.proj
+        x = self.ln_post(x[:, 0]) if self.pool is None else self.pool(self.ln_post(x))    # (B, D)
+        return F.linear(x, self.proj.T, self.proj_bias) if self.projects else x
 
 
 class CLIP(nn.Module):
-    fingerprint = ""            # of the stored weights, set by `load`: tells whether an adapter belongs to them
+    """A backbone of any family under OpenAI's names of tensors; its images are normalised by mean and std."""
+    fingerprint = ""          # of the stored weights, set by `load`: tells whether an adapter belongs to them
 
     def __init__(self, config: CLIPConfig = CLIPConfig()):
         super().__init__()
-        self.config = config
+        self.config, self.mean, self.std = config, config.mean, config.std
+        self.causal = config.family != "siglip"
+        self.first_word = int(self.causal)             # after the start token, which SigLIP's rows don't have
         self.visual = VisionTransformer(config)
         self.token_embedding = nn.Embedding(config.vocab, config.text_width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context, config.text_width))
-        self.transformer = Transformer(config.text_width, config.text_layers, causal=True)
-        self.ln_final = nn.LayerNorm(config.text_width)
-        self.text_projection = nn.Parameter(config.text_width ** -0.5 * torch.randn(config.text_width, config.embed))
+        self.transformer = Transformer(config.text_width, config.text_head, config.text_layers, config,
+                                       causal=self.causal)
+        if not self.causal:
+            self.transformer.resblocks[-1].rows = slice(-1, None)
+        self.ln_final = nn.LayerNorm(config.text_width, config.eps)
+        start = config.text_width ** -0.5 * torch.randn(config.text_width, config.embed)
+        self.text_projection = nn.Parameter(start)
+        self.text_bias = None if self.causal else nn.Parameter(torch.zeros(config.embed))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())                     # natural logarithm
+        self.logit_bias = None if self.causal else nn.Parameter(torch.tensor(-10.0))  # the same for all texts
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, embed), not normalised."""
+        """(B, 3, S, S) normalised by mean and std -> (B, embed), not of unit length."""
         return self.visual(images)
 
     def encode_text(self, token_ids: Tensor, between: Between | None = None) -> Tensor:
-        """(N, T) int64, T <= context -> (N, embed), not normalised. `between` as in the vision tower."""
+        """(N, T) int64, T <= context -> (N, embed), not of unit length. `between` as in the vision tower."""
         x = self.token_embedding(token_ids) + self.positional_embedding[: token_ids.shape[1]]
         return self.read_text(self.transformer(x, between), token_ids)
 
     def read_text(self, x: Tensor, token_ids: Tensor) -> Tensor:
-        """Text feature off any block's output (N, T, D): at the end-of-text token, which has the highest id of its row."""
-        x = x.gather(1, token_ids.argmax(-1)[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]  # (N, D)
-        return self.ln_final(x) @ self.text_projection
+        """Text feature off any block's output (N, T, D): at the end, the highest id (SigLIP: last)."""
+        if self.causal:
+            x = x.gather(1, token_ids.argmax(-1)[:, None, None].expand(-1, 1, x.shape[-1]))  # (N, 1, D)
+        return F.linear(self.ln_final(x[:, -1]), self.text_projection.T, self.text_bias)
+
+    def trim(self, token_ids: Tensor) -> Tensor:
+        """Rows (…, T) less the columns that can't change a feature (causal towers: those after the end)."""
+        return token_ids[..., : int(token_ids.argmax(-1).max()) + 1] if self.causal else token_ids
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
+# ------------------------------------------------------------------------------------------------- tokenizers
 
 class Tokenizer:
     """OpenAI's byte-pair encoding, lower case, with the standard library only.
 
-    merges: "left right" lines or (left, right) pairs in order of rank, or the path of a merges file.
-    Ids: 256 byte symbols, the same ending a word (</w>), one for each merge, start of text, end of text.
+    merges: "left right" lines or (left, right) pairs in order of rank, or the path of a merges file; limit:
+    how many ids the weights know. Ids: 256 byte symbols, the same at the end of a word (</w>), one for each
+    merge, start, end. Raises WeightsError for merges that are none.
     """
     WORDS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 
-    def __init__(self, merges: Sequence[str | tuple[str, str]] | str | Path):
+    def __init__(self, merges: Sequence[str | tuple[str, str]] | str | Path, limit: int | None = None):
         if isinstance(merges, (str, Path)):
             merges = read_merges(merges)
         pairs = [tuple(m.split()) if isinstance(m, str) else tuple(m) for m in merges]
+        self.metadata = {"merges": "\n".join(map(" ".join, pairs))}      # what our file keeps of it
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in printable]
         self.symbol = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+        needed = max(limit - BYTES_ONLY, 0) if limit else len(pairs)
+        if len(pairs) != needed:
+            raise WeightsError(f"{len(pairs)} merges, the weights need {needed}")
         letters = list(self.symbol.values())
-        vocab = letters + [c + "</w>" for c in letters] + ["".join(p) for p in pairs] + ["<|startoftext|>", "<|endoftext|>"]
+        words = letters + [c + "</w>" for c in letters]
+        known = set(words)
+        for pair in pairs:
+            if len(pair) != 2 or not known.issuperset(pair):
+                raise WeightsError(f"{' '.join(pair)[:80]!r} is not a merge of two known pieces")
+            words.append("".join(pair))
+            known.add(words[-1])
+        self.vocab = [*words, "<|startoftext|>", "<|endoftext|>"]
         self.rank = {pair: i for i, pair in enumerate(pairs)}
-        self.id = {token: i for i, token in enumerate(vocab)}
-        self.vocab, self.start, self.end = vocab, len(vocab) - 2, len(vocab) - 1
+        self.id = {token: i for i, token in enumerate(self.vocab)}
+        self.start, self.end = [len(self.vocab) - 2], len(self.vocab) - 1
+        self.limit = limit or len(self.vocab)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without start and end tokens. Any string will do, lone surrogates included."""
+        """Ids of the text alone, without start and end. Any string will do, lone surrogates included."""
         text = html.unescape(html.unescape(text)).lower()                 # twice, as OpenAI's clean-up does
-        # Python's \w counts number signs such as the superscript two or roman numerals as letters; BPE's pattern does not
+        # Python's \w counts number signs (superscript two, roman numerals) as letters, BPE's does not
         shadow = "".join("0" if c.isnumeric() and not c.isalpha() else c for c in text)
         return [i for m in self.WORDS.finditer(shadow) for i in self._word(text[m.start(): m.end()])]
 
     def __call__(self, texts: str | Sequence[str], context_length: int = 77) -> Tensor:
-        """Rows (N, context_length) int64: start, text (cut if too long), end, zeros."""
+        """Rows (N, context_length) int64: start (SigLIP: none), text (cut if too long), end, zeros."""
+        if self.limit <= self.end:
+            raise WeightsError(f"the weights know {self.limit} tokens, text needs {self.end + 1} or more")
         texts = [texts] if isinstance(texts, str) else texts
         rows = torch.zeros(len(texts), context_length, dtype=torch.int64)
         for row, text in zip(rows, texts):
-            ids = [self.start, *self.encode(text)[: context_length - 2], self.end]
+            ids = [*self.start, *self.encode(text)][: context_length - 1] + [self.end]
             row[: len(ids)] = torch.tensor(ids)
         return rows
 
@@ -222,231 +398,512 @@ class Tokenizer:
             best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, len(self.rank)))
             if best not in self.rank:
                 break
-            merged, i = [], 0
-            while i < len(parts):
-                step = 2 if tuple(parts[i: i + 2]) == best else 1
-                merged.append("".join(parts[i: i + step]))
-                i += step
+            merged = parts[:1]
+            for part in parts[1:]:
+                if (merged[-1], part) == best:
+                    merged[-1] += part
+                else:
+                    merged.append(part)
             parts = merged
         return [self.id[p] for p in parts]
 
 
-def read_merges(path: str | Path, count: int = OPENAI_VOCAB - 514) -> list[str]:
-    """The first `count` merges of OpenAI's bpe_simple_vocab_16e6.txt.gz or a Hugging Face merges.txt (line 1 is a version)."""
-    try:
-        data = Path(path).read_bytes()
-        lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").splitlines()
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        raise WeightsError(f"cannot read the merges file {path}: {e}") from e
-    return [line for line in lines[1: count + 1] if line]
+class SiglipTokenizer(Tokenizer):
+    """Gemma's pieces off the text of a tokenizer.json, lower case. Raises WeightsError."""
+
+    def __init__(self, stored: str, limit: int):
+        with failing("SigLIP's texts need pip install tokenizers"):
+            from tokenizers import Tokenizer as Pieces
+        with failing("not a tokenizer.json"):
+            self.pieces = Pieces.from_str(stored)
+        self.pieces.no_truncation()
+        self.pieces.no_padding()
+        self.metadata, self.limit = {"tokenizer": stored}, limit
+        self.start, self.end = [], self.pieces.token_to_id("<eos>")
+        if self.end is None or self.pieces.get_vocab_size() > limit:
+            raise WeightsError(f"tokenizer.json has no <eos>, or more than {limit} pieces")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without the end. Any string will do (lone surrogates: question marks)."""
+        text = text.lower().encode("utf-8", "replace").decode("utf-8")
+        return self.pieces.encode(text, add_special_tokens=False).ids
 
 
-# -------------------------------------------------------------------------------------------------------- weights
+def read_merges(path: str | Path) -> list[str]:
+    """Merges of OpenAI's bpe_simple_vocab_16e6.txt.gz or a Hugging Face merges.txt (line 1: a version)."""
+    data = read_ordinary(path)
+    with failing(f"cannot read the merges file {path}"):
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
+    lines = text.splitlines()[1: OPENAI_VOCAB - BYTES_ONLY + 1]    # OpenAI's file has more than CLIP uses
+    return [line for line in lines if line]
 
-HUGGING_FACE = [    # (its name, ours), each a regular expression, applied in turn
-    (r"^vision_model\.", "visual."), (r"^text_model\.", ""), (r"encoder\.layers", "transformer.resblocks"), (r"self_attn", "attn"),
-    (r"layer_norm(\d)", r"ln_\1"), (r"fc1", "c_fc"), (r"fc2", "c_proj"), (r"embeddings\.(class|token)", r"\1"),
-    (r"embeddings\.patch_embedding", "conv1"), (r"embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"pre_layrnorm", "ln_pre"), (r"post_layernorm", "ln_post"), (r"final_layer_norm", "ln_final"),
-    (r"^visual_projection\.weight", "visual.proj"), (r"^text_projection\.weight", "text_projection"),
-]
+
+def read_ordinary(path: str | Path) -> bytes:
+    """Bytes of a file, an ordinary one: a device or a pipe may never end. Raises WeightsError."""
+    with failing(f"cannot read {path}"):
+        if not os.path.isfile(path):
+            raise WeightsError("there is no ordinary file of that name")
+        return Path(path).read_bytes()
+
+
+# --------------------------------------------------------------------------------------------- weights: names
+
+# Their name, ours, how the tensor differs (T: transposed; a number: so many leading axes of length 1 there).
+# "#" stands for the number of a block, "*" for any ending, [qkv] for three tensors that are one there.
+SIGLIP = """
+vision_model.head.probe                           visual.pool.query                               2
+vision_model.head.attention.in_proj_*             visual.pool.attn.[qkv]_proj.*
+vision_model.head.attention.out_proj.*            visual.pool.attn.out_proj.*
+vision_model.head.layernorm.*                     visual.pool.ln_2.*
+vision_model.head.mlp.fc1.*                       visual.pool.mlp.c_fc.*
+vision_model.head.mlp.fc2.*                       visual.pool.mlp.c_proj.*
+text_model.head.weight                            text_projection                                 T
+text_model.head.bias                              text_bias
+logit_scale                                       logit_scale                                     1
+logit_bias                                        logit_bias                                      1
+"""
+HUGGING_FACE = """
+vision_model.embeddings.class_embedding           visual.class_embedding
+vision_model.embeddings.patch_embedding.*         visual.conv1.*
+vision_model.embeddings.position_embedding.weight visual.positional_embedding
+vision_model.pre_layrnorm.*                       visual.ln_pre.*
+vision_model.encoder.layers.#.self_attn.*         visual.transformer.resblocks.#.attn.*
+vision_model.encoder.layers.#.layer_norm1.*       visual.transformer.resblocks.#.ln_1.*
+vision_model.encoder.layers.#.layer_norm2.*       visual.transformer.resblocks.#.ln_2.*
+vision_model.encoder.layers.#.mlp.fc1.*           visual.transformer.resblocks.#.mlp.c_fc.*
+vision_model.encoder.layers.#.mlp.fc2.*           visual.transformer.resblocks.#.mlp.c_proj.*
+vision_model.post_layernorm.*                     visual.ln_post.*
+visual_projection.weight                          visual.proj                                     T
+text_model.embeddings.token_embedding.weight      token_embedding.weight
+text_model.embeddings.position_embedding.weight   positional_embedding
+text_model.encoder.layers.#.self_attn.*           transformer.resblocks.#.attn.*
+text_model.encoder.layers.#.layer_norm1.*         transformer.resblocks.#.ln_1.*
+text_model.encoder.layers.#.layer_norm2.*         transformer.resblocks.#.ln_2.*
+text_model.encoder.layers.#.mlp.fc1.*             transformer.resblocks.#.mlp.c_fc.*
+text_model.encoder.layers.#.mlp.fc2.*             transformer.resblocks.#.mlp.c_proj.*
+text_model.final_layer_norm.*                     ln_final.*
+text_projection.weight                            text_projection                                 T
+"""
+PE_CORE = """
+visual.trunk.cls_token                            visual.class_embedding                          2
+visual.trunk.pos_embed                            visual.positional_embedding                     1
+visual.trunk.patch_embed.proj.*                   visual.conv1.*
+visual.trunk.norm_pre.*                           visual.ln_pre.*
+visual.trunk.blocks.#.attn.qkv.*                  visual.transformer.resblocks.#.attn.[qkv]_proj.*
+visual.trunk.blocks.#.attn.proj.*                 visual.transformer.resblocks.#.attn.out_proj.*
+visual.trunk.blocks.#.norm1.*                     visual.transformer.resblocks.#.ln_1.*
+visual.trunk.blocks.#.norm2.*                     visual.transformer.resblocks.#.ln_2.*
+visual.trunk.blocks.#.mlp.fc1.*                   visual.transformer.resblocks.#.mlp.c_fc.*
+visual.trunk.blocks.#.mlp.fc2.*                   visual.transformer.resblocks.#.mlp.c_proj.*
+visual.trunk.norm.*                               visual.ln_post.*
+visual.trunk.attn_pool.latent                     visual.pool.query                               2
+visual.trunk.attn_pool.q.*                        visual.pool.attn.q_proj.*
+visual.trunk.attn_pool.kv.*                       visual.pool.attn.[kv]_proj.*
+visual.trunk.attn_pool.proj.*                     visual.pool.attn.out_proj.*
+visual.trunk.attn_pool.norm.*                     visual.pool.ln_2.*
+visual.trunk.attn_pool.mlp.fc1.*                  visual.pool.mlp.c_fc.*
+visual.trunk.attn_pool.mlp.fc2.*                  visual.pool.mlp.c_proj.*
+visual.trunk.head.weight                          visual.proj                                     T
+visual.trunk.head.bias                            visual.proj_bias
+text.transformer.resblocks.#.attn.in_proj_*       transformer.resblocks.#.attn.[qkv]_proj.*
+logit_scale                                       logit_scale
+text.*                                            *
+"""
+OPENAI = "*resblocks.#.attn.in_proj_*             *resblocks.#.attn.[qkv]_proj.*"
+NAMES = {"clip": HUGGING_FACE, "siglip": SIGLIP + HUGGING_FACE, "pe-core": PE_CORE}
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids")
 
 
+def _rows(table: str) -> list[list[str]]:
+    return [line.split() for line in table.splitlines() if line]
+
+
+def _renamed(name: str, rows: list[list[str]]) -> list[str]:
+    """[new name, how the tensor differs] by the first row (old, new, how) that fits, else the name."""
+    for old, new, *how in rows:
+        found = re.fullmatch(old.replace(".", r"\.").replace("#", r"(\d+)").replace("*", "(.*)"), name)
+        if found:
+            parts = iter(found.groups())
+            return [re.sub("[#*]", lambda _: next(parts), new), *how]
+    return [name]
+
+
 def _our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Any of the three naming schemes -> ours."""
+    """Any naming scheme -> ours. Raises WeightsError naming a tensor that holds no weights."""
+    rows = _rows(SIGLIP + HUGGING_FACE + PE_CORE + OPENAI)
     ours = {}
     for name, tensor in weights.items():
-        new = name
-        for pattern, ours_is in HUGGING_FACE:
-            new = re.sub(pattern, ours_is, new)
-        if name in ("visual_projection.weight", "text_projection.weight"):
-            tensor = tensor.T                                            # nn.Linear there, a matrix on the right here
-        if ".attn.in_proj_" in name:                                     # (3D, D) or (3D,)
-            for letter, part in zip("qkv", tensor.chunk(3)):
-                ours[new.replace("in_proj_", f"{letter}_proj.")] = part
-        elif not name.endswith(NOT_WEIGHTS):
-            ours[new] = tensor
-    return {name: tensor.contiguous() for name, tensor in ours.items()}
+        if name.endswith(NOT_WEIGHTS):
+            continue
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise WeightsError(f"{name} holds {tensor.dtype} or what is not a number: not weights")
+        new, *how = _renamed(name, rows)
+        if how == ["T"]:
+            tensor = tensor.t()
+        elif how:
+            tensor = tensor.reshape(tensor.shape[int(how[0]):])
+        letters = re.search(r"\[(\w+)\]|$", new)
+        parts = tensor.chunk(len(letters[1])) if letters[1] else [tensor]              # (3D, …) -> (D, …)
+        for letter, part in zip(letters[1] or "-", parts):
+            ours[new.replace(letters[0] or "-", letter)] = part.contiguous()
+    return ours
 
 
-def _read(path: Path, merges: str | Path | None) -> tuple[dict[str, Tensor], list[str]]:
-    """Stored tensors under our names, and the merges, from any of the three formats."""
-    path = Path(path)
-    if not path.exists():
-        raise WeightsError(f"no weights at {path}")
-    file, folder = (path / "model.safetensors", path) if path.is_dir() else (path, path.parent)
-    if not file.is_file():
-        raise WeightsError(f"{path} has no model.safetensors")
-    lines = None
-    try:
-        if file.open("rb").read(2) == b"PK":                             # a zip: OpenAI's TorchScript archive
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)           # the format is old, but it is the one OpenAI's weights are in
-                weights = dict(torch.jit.load(file, map_location="cpu").state_dict())
-        else:
-            with safe_open(file, "pt") as f:
-                weights = {name: f.get_tensor(name) for name in f.keys()}
-                lines = (f.metadata() or {}).get("merges")
-    except (SafetensorError, RuntimeError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise WeightsError(f"cannot read {file}: neither whole safetensors nor a TorchScript archive ({reason})") from e
-    weights = _our_names(weights)
-    try:
-        vocab = CLIPConfig.from_weights(weights).vocab
-    except WeightsError as e:
-        raise WeightsError(f"{file}: {e}") from e
-    if merges is None and lines is not None:
-        return weights, lines.splitlines()
-    merges = merges or next((p for p in (folder / "merges.txt", folder / MERGES_FILE) if p.exists()), None)
-    if vocab == OPENAI_VOCAB and merges is None:
-        merges = download(MERGES_URL, CACHE / MERGES_FILE, MERGES_SHA256)
-    lines = read_merges(merges, vocab - 514) if merges and vocab > 514 else []
-    if lines and len(lines) + 514 != vocab:
-        raise WeightsError(f"{merges or path} holds {len(lines)} merges, the weights need {vocab - 514}")
-    return weights, lines
+# ------------------------------------------------------------------------------------------- weights: configs
+
+# A field of CLIPConfig (heads: how many), and where Hugging Face's and open_clip's configs tell it.
+TOLD = """
+family         model_type                           -
+embed          projection_dim                       model_cfg.embed_dim
+image          vision_config.image_size             model_cfg.vision_cfg.image_size
+patch          vision_config.patch_size             model_cfg.vision_cfg.patch_size
+vision_width   vision_config.hidden_size            model_cfg.vision_cfg.width
+vision_layers  vision_config.num_hidden_layers      model_cfg.vision_cfg.layers
+vision_heads   vision_config.num_attention_heads    -
+vision_head    -                                    model_cfg.vision_cfg.head_width
+text_width     text_config.hidden_size              model_cfg.text_cfg.width
+text_layers    text_config.num_hidden_layers        model_cfg.text_cfg.layers
+text_heads     text_config.num_attention_heads      model_cfg.text_cfg.heads
+context        text_config.max_position_embeddings  model_cfg.text_cfg.context_length
+vocab          text_config.vocab_size               model_cfg.text_cfg.vocab_size
+activation     vision_config.hidden_act             -
+activation     text_config.hidden_act               -
+eps            vision_config.layer_norm_eps         -
+eps            text_config.layer_norm_eps           -
+mean           image_mean                           preprocess_cfg.mean
+std            image_std                            preprocess_cfg.std
+"""
+# What open_clip's model may say besides: read in `_told`, without a meaning here, or all that is built.
+BESIDES = """
+quick_gelu custom_text
+vision_cfg.timm_model_name vision_cfg.timm_pool=map vision_cfg.timm_model_pretrained vision_cfg.timm_drop
+vision_cfg.timm_drop_path vision_cfg.patch_dropout vision_cfg.output_tokens vision_cfg.mlp_ratio
+vision_cfg.pool_type=tok vision_cfg.pos_embed_type=learnable
+text_cfg.output_tokens text_cfg.mlp_ratio text_cfg.pad_id text_cfg.pool_type=argmax text_cfg.proj_type=linear
+"""
 
 
-def _build(weights: dict[str, Tensor], source: str) -> CLIP:
-    """CLIP that holds the given tensors. Raises WeightsError naming the first tensor that is missing or misshapen."""
+def _flat(config: dict, above: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, dict) else {above + key: value}
+    return flat
+
+
+def _told(file: Path) -> dict:
+    """What another's config tells of CLIPConfig, as the rows of TOLD name it.
+
+    Raises WeightsError naming what is not built.
+    """
+    config, rows, told = json.loads(read_ordinary(file)), _rows(TOLD), {}
+    if "model_cfg" in config:
+        column, flat = 2, _flat(config)
+        known = {row[column] for row in rows} | {f"model_cfg.{key}" for key in BESIDES.split()}
+        for key, value in flat.items():
+            if key.startswith("model_cfg.") and value and known.isdisjoint((key, f"{key}={value}")):
+                raise WeightsError(f"{key} = {value!r} is not built")
+        trunk, quick = flat.get("model_cfg.vision_cfg.timm_model_name"), flat.get("model_cfg.quick_gelu")
+        if trunk and (quick or not trunk.startswith("vit_pe_core_")):
+            raise WeightsError(f"timm_model_name {trunk!r} with this activation is not built")
+        told = {"family": "pe-core" if trunk else "clip", "activation": "quick_gelu" if quick else "gelu"}
+    else:
+        column, family, pixels = 1, config["model_type"], file.with_name("preprocessor_config.json")
+        usual = {"hidden_act": FAMILIES[family]["activation"], "layer_norm_eps": FAMILIES[family]["eps"]}
+        for tower, heads in ("vision_config", 12), ("text_config", 8 if family == "clip" else 12):
+            config[tower] = usual | {"num_attention_heads": heads} | config.get(tower, {})
+        flat = _flat(config | (json.loads(read_ordinary(pixels)) if pixels.exists() else {}))
+    for row in rows:
+        value = flat.get(row[column])
+        if value is not None and told.setdefault(row[0], value) != value:
+            raise WeightsError(f"{row[column]} is {value!r} where the other tower has {told[row[0]]!r}")
+    return told
+
+
+def _filled(weights: dict[str, Tensor], told: dict) -> CLIP:
+    """Frozen CLIP of tensors under our names, in eval mode; what they can't tell is as told.
+
+    Raises whatever building and filling it raise: to be called inside `failing`.
+    """
+    told = asdict(CLIPConfig.from_weights(weights)) | told
+    for tower in ("vision", "text"):
+        if f"{tower}_heads" in told:
+            told[f"{tower}_head"] = told[f"{tower}_width"] // told.pop(f"{tower}_heads")
+    told |= {name: tuple(told[name]) for name in ("mean", "std")}
     with torch.device("meta"):
-        clip = CLIP(CLIPConfig.from_weights(weights))
-    for name, wanted in clip.state_dict().items():
-        if name not in weights:
-            raise WeightsError(f"{source} is not CLIP: tensor {name} is missing")
-        if weights[name].shape != wanted.shape:
-            raise WeightsError(f"{source} is not CLIP: {name} has shape {tuple(weights[name].shape)}, expected {tuple(wanted.shape)}")
-    clip.load_state_dict(weights, strict=False, assign=True)
+        clip = CLIP(CLIPConfig(**told))
+    if told["family"] == "pe-core":                               # zero in what was released, or left out
+        weights.setdefault("visual.proj_bias", torch.zeros_like(weights["text_projection"][0]))
+    clip.load_state_dict(weights, assign=True)                         # all of the model's tensors, no others
     return clip.requires_grad_(False).eval()
 
 
-def load(path: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[CLIP, Tokenizer]:
-    """Frozen CLIP in eval mode and its tokenizer.
+def from_weights(weights: dict[str, Tensor], source: str = "the weights") -> CLIP:
+    """Frozen backbone in eval mode of tensors under OpenAI's names or any others that `load` reads.
 
-    path: our own safetensors, a Hugging Face folder, or OpenAI's .pt; None is ViT-B/16, downloaded once, checked
-    against its SHA-256, converted and kept in the cache folder. Raises WeightsError.
+    What tensors can't tell (activation, pixels) is as the family's own models have it. Raises WeightsError.
     """
-    path = _vit_b16() if path is None else path
-    weights, merges = _read(path, None)
-    digest = hashlib.sha256()
-    for name in sorted(weights):                                         # as stored, so the same in all three formats
+    with failing(f"cannot use {source}"):
+        return _filled(_our_names(weights), {})
+
+
+def hugging_face(clip: CLIP) -> tuple[dict[str, Tensor], dict]:
+    """State dict under Hugging Face's names and its config.json; PE-Core: open_clip's names and config.
+
+    Hugging Face itself reads mean and std off another file, preprocessor_config.json (image_mean, image_std).
+    """
+    c, parts, config = clip.config, {}, {}
+    rows = _rows(NAMES[c.family])
+    for name, tensor in clip.state_dict().items():
+        new, *how = _renamed(name, [[ours, theirs, *how] for theirs, ours, *how in rows])
+        if how:
+            tensor = tensor.T if how == ["T"] else tensor[(None,) * int(how[0])]
+        parts.setdefault(new, []).append(tensor)                         # q, k and v may be one there
+    heads = {"vision_heads": c.vision_width // c.vision_head, "text_heads": c.text_width // c.text_head}
+    pe_core, sizes = c.family == "pe-core", {192: "tiny", 384: "small", 1024: "large"}
+    flat = {paths[pe_core]: (asdict(c) | heads)[field] for field, *paths in _rows(TOLD)}
+    if pe_core:
+        trunk = f"vit_pe_core_{sizes.get(c.vision_width, 'base')}_patch{c.patch}_{c.image}"
+        flat |= {"model_cfg.custom_text": True, "model_cfg.vision_cfg.timm_model_name": trunk,
+                 "model_cfg.vision_cfg.timm_pool": "map", "model_cfg.vision_cfg.timm_proj": None}
+    else:
+        flat |= {"vision_config.intermediate_size": 4 * c.vision_width,
+                 "text_config.intermediate_size": 4 * c.text_width, "text_config.eos_token_id": c.vocab - 1}
+    flat.pop("-", None)
+    for path, value in flat.items():
+        *above, key = path.split(".")
+        inner = config
+        for part in above:
+            inner = inner.setdefault(part, {})
+        inner[key] = value
+    return {name: torch.cat(tensors) if tensors[1:] else tensors[0].contiguous()
+            for name, tensors in parts.items()}, config
+
+
+# --------------------------------------------------------------------------------------------- weights: files
+
+FILES = ("model.safetensors", "open_clip_model.safetensors", "model.safetensors.index.json",
+         "open_clip_model.safetensors.index.json", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+
+
+def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one file as stored. No file's code is run but that of OpenAI's own archives."""
+    if not file.is_file():
+        raise WeightsError(f"there is no ordinary file {file}")
+    if not zipfile.is_zipfile(file):
+        with safe_open(file, "pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # TorchScript is old, but OpenAI's format
+        if sha256_of(file) in OPENAI_SHA256:
+            return dict(torch.jit.load(file, map_location="cpu").state_dict()), {"config": "{}"}
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True), {}
+        except Exception as e:                      # torch's own words advise to run the code all the same
+            raise WeightsError("not tensors alone, nor an archive of OpenAI's: its code is not run") from e
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _files(path: Path) -> tuple[list[Path], Path | None]:
+    """The file or files that hold the tensors of a path, and the config that lies beside them, if any."""
+    if path.is_dir():
+        path = next((path / name for name in FILES if (path / name).exists()), path)
+        if path.suffix not in (".safetensors", ".json"):
+            raise WeightsError("no model.safetensors or open_clip_model.safetensors in it (to read an older "
+                               "pytorch_model.bin, give that file itself)")
+    files = [path]
+    if path.suffix == ".json":
+        shards = json.loads(read_ordinary(path))["weight_map"].values()
+        files = [path.with_name(shard) for shard in sorted(set(shards))]
+    config = path.with_name("open_clip_config.json" if path.name.startswith("open_clip") else "config.json")
+    return files, config if path.name in FILES and config.exists() else None
+
+
+def _from_hub(name: str) -> Path:
+    """Folder with what `load` reads of the hub repository org/name, fetched at need. Raises WeightsError."""
+    with failing(f"cannot fetch hf-hub:{name}; it takes pip install huggingface_hub, or by hand "
+                 f"hf download {name} --local-dir DIR, then give DIR"):
+        import huggingface_hub
+        for weights in ("model.safetensors model-*.safetensors *.index.json", "open_clip_model.safetensors"):
+            files = f"{weights} *config.json merges.txt tokenizer.json"
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files.split()))
+            if any(folder.glob("*.safetensors")):
+                break
+        return folder
+
+
+def _read(path: Path, words: str | Path | None) -> tuple[CLIP, Tokenizer]:
+    """The backbone with its tensors as stored, and its tokenizer, of any format; errors name the path."""
+    if not path.exists() and str(path).startswith("hf-hub:"):
+        path = _from_hub(str(path).removeprefix("hf-hub:"))
+    if not path.exists():
+        raise WeightsError(f"no weights at {path}")
+    with failing(f"cannot use {path}"):
+        weights, metadata, (files, beside) = {}, {}, _files(path)
+        for file in files:
+            tensors, metadata = _tensors(file)
+            weights |= _our_names(tensors)
+        clip = _filled(weights, _told(beside) if beside else json.loads(metadata.get("config", "{}")))
+        tokenizer = _tokenizer(clip.config, words, metadata, files[0].parent)
+    if "config" not in metadata and not beside:
+        print(f"{path} has no config: the activation {clip.config.activation} and heads of 64 channels are "
+              "taken for granted", file=sys.stderr)
+    return clip, tokenizer
+
+
+def _tokenizer(config: CLIPConfig, words: str | Path | None, metadata: dict, folder: Path) -> Tokenizer:
+    """Off the file `words`, else our metadata, else a file in the folder. Raises WeightsError."""
+    kept = {} if words else metadata
+    if config.family == "siglip":
+        file = words or folder / "tokenizer.json"
+        stored = kept.get("tokenizer") or read_ordinary(file).decode("utf-8", "replace")
+        return SiglipTokenizer(stored, config.vocab)
+    if "merges" in kept:
+        words = kept["merges"].splitlines()
+    elif not words and (folder / "merges.txt").exists():
+        words = folder / "merges.txt"
+    elif not words and config.vocab == OPENAI_VOCAB:
+        words = download(MERGES_URL, CACHE / MERGES_URL.rpartition("/")[2], MERGES_SHA256)
+    return Tokenizer(words or [], config.vocab)
+
+
+def load(path: str | Path | None = None, device: str | torch.device = "cpu",
+         dtype: torch.dtype = torch.float32) -> tuple[CLIP, Tokenizer]:
+    """Frozen backbone in eval mode and its tokenizer.
+
+    path: our own safetensors, a Hugging Face or open_clip folder or its file, "hf-hub:org/name", OpenAI's
+    .pt; None is ViT-B/16, downloaded once, checked, converted and kept in the cache. Raises WeightsError.
+    """
+    clip, tokenizer = _read(_vit_b16() if path is None else Path(path), None)
+    weights, digest = clip.state_dict(), hashlib.sha256()
+    for name, tensor in sorted(weights.items()):                       # as stored, so the same in all formats
         digest.update(name.encode())
-        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy())
-    clip = _build({n: t.to(device, dtype if t.is_floating_point() else None) for n, t in weights.items()}, str(path))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    if clip.config != CLIPConfig.from_weights(weights):                  # the tensors alone tell another one
+        digest.update(repr(clip.config).encode())
     clip.fingerprint = digest.hexdigest()[:16]
-    return clip, Tokenizer(merges)
+    return clip.to(device, dtype), tokenizer
 
 
 def convert(source: str | Path, target: str | Path, merges: str | Path | None = None) -> None:
-    """Write any of the three formats as our safetensors, which also carries config and merges. Raises WeightsError."""
-    weights, lines = _read(Path(source), merges)
-    config = _build(weights, str(source)).config
-    save(weights, target, {"config": json.dumps(asdict(config)), "merges": "\n".join(lines)})
+    """Write weights of any format as our safetensors, with config and tokenizer in it. Raises WeightsError.
+
+    merges: the file of merges (SigLIP: tokenizer.json), where the source has none.
+    """
+    clip, tokenizer = _read(Path(source), merges)
+    save(clip.state_dict(), target, {"config": json.dumps(asdict(clip.config)), **tokenizer.metadata})
 
 
 def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str]) -> None:
-    """One safetensors file, there whole or not at all."""
+    """One safetensors file, there whole or not at all. Raises WeightsError."""
     target = Path(target)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
+    with failing(f"cannot write {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(safetensors_bytes(tensors, metadata))           # save_file would make it readable to its owner alone
-        os.replace(part, target)
-    except (OSError, SafetensorError) as e:
-        raise WeightsError(f"cannot write {target}: {e}") from e
-    finally:
-        if part.exists():                                                # not unlink(missing_ok): its folder may be a file
-            part.unlink()
+        if target.exists() and not target.is_file():
+            raise WeightsError("there is something that is no ordinary file")
+        try:
+            part.write_bytes(safetensors_bytes(tensors, metadata))    # save_file's would be private
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def _vit_b16() -> Path:
     kept = CACHE / "ViT-B-16.safetensors"
-    if kept.exists():                                                    # perhaps where nothing can be written
-        return kept
-    with locked(kept):
-        if not kept.exists():
-            archive = download(VIT_B16_URL, CACHE / "ViT-B-16.pt", VIT_B16_SHA256)
-            convert(archive, kept)
-            archive.unlink()
+    if not kept.exists():                                  # the lock needs a folder that can be written
+        with locked(kept):
+            if not kept.exists():
+                archive = download(VIT_B16_URL, CACHE / "ViT-B-16.pt", VIT_B16_SHA256)
+                convert(archive, kept)
+                archive.unlink()
     return kept
 
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Of several processes that want to make a file, the second waits for the first."""
-    try:
+    with failing(f"cannot write {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = open(f"{target}.lock", "a")
-    except OSError as e:
-        raise WeightsError(f"cannot write {target}: {e}") from e
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def download(url: str, target: Path, sha256: str) -> Path:
-    """Fetch url to target unless it is there. Says so, shows progress; leaves nothing half-written. Raises WeightsError."""
-    part, digest, done = target.with_name(f"{target.name}.part"), hashlib.sha256(), 0
+    """Fetch url to target unless it is there. Says so, shows progress, leaves nothing half-written.
+
+    What is there is checked too, as it may have been put there by hand. Raises WeightsError.
+    """
     with locked(target):
         if target.exists():
+            if not target.is_file() or sha256_of(target) != sha256:
+                raise WeightsError(f"{target} is not what {url} holds (its SHA-256 differs): remove it")
             return target
+        for old in target.parent.glob(f"{target.name}.*.partial"):       # of a process that was killed
+            old.unlink()
         print(f"downloading {url} to {target}", file=sys.stderr)
+        patience = socket.getdefaulttimeout()
         try:
-            with urllib.request.urlopen(url, timeout=60) as response, part.open("wb") as file:
-                total = int(response.headers.get("Content-Length") or 0)
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    done += len(chunk)
-                    print(f"\r{done / 1e6:8.1f} MB of {total / 1e6:.1f}", end="", file=sys.stderr)
-            if done < total:
-                raise WeightsError(f"the download of {url} broke off after {done} of {total} bytes: run the command again")
-            if digest.hexdigest() != sha256:
-                raise WeightsError(f"{url} has SHA-256 {digest.hexdigest()}, expected {sha256}: nothing was kept")
-            os.replace(part, target)
-        except (OSError, ValueError, http.client.HTTPException) as e:
-            reason = " ".join(str(e).split()) or repr(e)
-            raise WeightsError(f"cannot download {url} ({reason}): fetch it on another machine and put it at {target}, or give --weights") from e
+            socket.setdefaulttimeout(60)                            # torch.hub would wait for a silent server
+            with failing(f"cannot download {url}; fetch it on another machine and put it at {target}, or "
+                         "give --weights"):
+                torch.hub.download_url_to_file(url, str(target), sha256, progress=sys.stderr is not None)
         finally:
-            if done:
-                print(file=sys.stderr)                                   # ends the line of progress, before a message too
-            part.unlink(missing_ok=True)
+            socket.setdefaulttimeout(patience)
     return target
 
 
-# --------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
-def read_picture(path: str | Path, size: int) -> Tensor:
-    """Picture -> (1, 3, size, size) normalised, by CLIP's own rule: shorter side to size (bicubic), centre crop."""
-    from torchvision.datasets.folder import pil_loader
+PICTURES = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")   # Pillow would hand others to other programs
+
+
+def read_picture(path: str | Path, config: CLIPConfig) -> Tensor:
+    """Picture -> (1, 3, S, S), prepared as the backbone's own rule has it.
+
+    CLIP: shorter side to S (bicubic), centre crop; others: both sides to S (bilinear). Raises WeightsError.
+    """
+    from PIL import Image
     from torchvision.transforms.v2 import functional as TF
-    try:
-        image = TF.center_crop(TF.resize(pil_loader(str(path)), size, TF.InterpolationMode.BICUBIC), size)
-    except OSError as e:
-        raise WeightsError(f"cannot read the picture {path}: {e}") from e
-    return TF.normalize(TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True), MEAN, STD)[None]
+    content = io.BytesIO(read_ordinary(path))
+    with failing(f"cannot read the picture {path}"):
+        image = Image.open(content, formats=PICTURES).convert("RGB")
+    if config.family == "clip":
+        image = TF.resize(image, config.image, TF.InterpolationMode.BICUBIC)
+    else:
+        image = TF.resize(image, [config.image, config.image], TF.InterpolationMode.BILINEAR)
+    image = TF.center_crop(image, config.image)
+    pixels = TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True)[None]
+    return TF.normalize(pixels, config.mean, config.std)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="clip_min.py", description="Convert CLIP weights, or classify a picture with CLIP.")
+    parser = argparse.ArgumentParser("clip_min.py", description="Convert weights, or classify a picture.")
     commands = parser.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("convert", help="OpenAI's .pt or a Hugging Face folder -> one safetensors with config and merges")
+    c = commands.add_parser("convert", help="any format -> one safetensors with config and tokenizer")
     c.add_argument("source")
     c.add_argument("target")
-    c.add_argument("--merges", help="BPE merges file, where the source has none")
+    c.add_argument("--merges", help="file of BPE merges (SigLIP: tokenizer.json), where the source has none")
     c = commands.add_parser("classify", help="probability of each text for a picture")
     c.add_argument("image")
     c.add_argument("texts", nargs="+")
-    c.add_argument("--weights", help="our safetensors, a Hugging Face folder or OpenAI's .pt (default: ViT-B/16, downloaded)")
+    c.add_argument("--weights", help="file or folder of a backbone (default: ViT-B/16, downloaded)")
     args = parser.parse_args(argv)
     try:
         if args.command == "convert":
             return convert(args.source, args.target, args.merges)
         clip, tokenizer = load(args.weights)
-        image = F.normalize(clip.encode_image(read_picture(args.image, clip.config.image)), dim=-1)
+        image = F.normalize(clip.encode_image(read_picture(args.image, clip.config)), dim=-1)
         text = F.normalize(clip.encode_text(tokenizer(args.texts, clip.config.context)), dim=-1)
-        for p, label in sorted(zip((clip.logit_scale.exp() * image @ text.T).softmax(-1)[0].tolist(), args.texts), reverse=True):
-            print(f"{100 * p:6.2f} %  {label}")
+        chances = (clip.logit_scale.exp() * image @ text.T).softmax(-1)[0].tolist()
+        for chance, label in sorted(zip(chances, args.texts), reverse=True):
+            print(f"{100 * chance:6.2f} %  {label}")
     except WeightsError as e:
         parser.exit(2, f"clip_min.py: error: {e}\n")
 

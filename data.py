@@ -1,205 +1,564 @@
-"""Datasets as one tensor each, episodes drawn from (seed, number) alone, augmentation as batched tensor operations.
+"""Datasets as one tensor each, tasks drawn from (seed, number) alone, augmentation in batches.
 
-    pool = load("eurosat", "datasets")                         # or isic, cropdiseases, chestx, toy, or a folder of class folders
-    classes, support, query = pool.episode(0, way=5, shot=1)   # index tensors (5,), (5, 1), (5, 15)
-    pool.images[support]                                       # (5, 1, 3, S, S) uint8
+In this order: what is told, pools and tasks, what is in a folder, the known sets, the one-tensor file,
+augmentation, the toy world.
 
-Every picture is decoded once, to S x S (64 for eurosat, 48 for toy, else 256), into a file that later runs map into memory.
+    pool = load("eurosat", "datasets")                      # a name of DATASETS, toy, or a folder
+    task = pool.task(0, way=5, shot=1, query=15, seed=1)    # index tensors, and what is true of each
+    pool.images[task.support]                               # (5, 3, S, S) uint8
+
+Every picture is decoded once, to S x S (64 for eurosat, 48 for toy, else 256), into a file that later runs
+map into memory.
 """
 from __future__ import annotations
 
-import csv, fcntl, hashlib, http.client, json, os, shutil, sys, time, warnings, zipfile, zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import csv, hashlib, http.client, json, os, shutil, stat, sys, time, warnings, zipfile, zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import KW_ONLY, dataclass
 from functools import cache, cached_property, partial
-from math import ceil, pi
+from math import ceil, inf, pi, prod
 from pathlib import Path
+from posixpath import join                          # a listing's paths are the same on every system
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, atan2, hypot, maximum, minimum
 from torchvision.datasets import EuroSAT
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # CLIP's, of RGB in 0..1
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atha"
+try:
+    import fcntl
+except ImportError:                                                      # Windows: see `locked`
+    fcntl = None
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # CLIP's, of RGB
+# A user id without a name and without HOME keeps "~", so its cache is where the run is: .cache/atha
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").removeprefix("~/")) / "atha"
+# What IMG_EXTENSIONS mean, and GIF, as some of Oxford's pets named .jpg are: none needs another program
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+warnings.filterwarnings("ignore", module=r"PIL\.")  # advice about palettes is not for our user
 
 
 class DataError(Exception):
     """Pictures or labels that cannot be had or used; the message is one line for the user."""
 
 
+def digest(*what: object) -> str:
+    """16 hexadecimal digits that stand for values, the same in every process."""
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
 def generator(*key: object) -> torch.Generator:
     """A random generator that depends on the key alone."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big"))
+    return torch.Generator().manual_seed(int(digest(*key)[:14], 16))
+
+
+def printable(text: object) -> str:
+    """The text with control characters and bytes that are not UTF-8 escaped, as file names may hold them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
+
+def progress(text: str, last: bool = False) -> None:
+    """One line on stderr: on a terminal written over and cut to its width (but the last), else a line.
+
+    It never raises: a run does not end because nobody can hear how far it is.
+    """
+    text, stream = printable(text), sys.stderr
+    with suppress(AttributeError, OSError, ValueError):                  # None, full, closed
+        if stream.isatty():
+            width = os.get_terminal_size(stream.fileno()).columns or 80
+            text = "\r\x1b[K" + (f"{text}\n" if last else text[: width - 1])
+        else:
+            text += "\n"
+        coding = stream.encoding or "utf-8"
+        stream.write(text.encode(coding, "backslashreplace").decode(coding))
+        stream.flush()
+
+
+@cache
+def say_once(text: str) -> None:
+    progress(text, last=True)
+
+
+class Clock:
+    """Tells how far a piece of work is, the time left first: at once where nothing is done yet (nobody knows
+    how long the first part takes), then after a second and ever less often, to every ten.
+    """
+
+    def __init__(self, what: str, total: float):
+        self.what, self.total, self.begun = what, total, time.monotonic()
+        self.said = self.begun
+
+    def tell(self, done: float, text: str, last: bool = False) -> None:
+        """done: of the total; text: what is known by now; last: the line that stays."""
+        now = time.monotonic()
+        took = now - self.begun
+        if last:
+            progress(f"{self.what}: {text}, {took:.0f} s", last=True)
+        elif not done:
+            progress(f"{self.what}: {text}")
+        elif now - self.said > min(10, max(1, took / 20)):
+            self.said = now
+            progress(f"{took / done * (self.total - done):.0f} s left, {text}, {self.what}")
+
+
+def told(things: Iterable, total: int, what: str) -> Iterator:
+    """The things one by one, telling how far they are; if that was worth telling, also how long it took."""
+    clock = Clock(what, total)
+    for done, thing in enumerate(things, 1):
+        yield thing
+        clock.tell(done, f"{done} of {total}", last=done == total and clock.said > clock.begun)
+
+
+def reason(error: Exception) -> str:
+    """An error in a few words, without the path that our own message names."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+@contextmanager
+def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Such errors within (if none are named OSError and ValueError) become a DataError: what and why."""
+    try:
+        yield
+    except (errors or (OSError, ValueError)) as e:
+        raise DataError(f"{what}: {reason(e)}") from e
+
+
+# -------------------------------------------------------------------------------------------- pools and tasks
+
+class Task(NamedTuple):
+    """Rows of a pool to learn from and to be tested on, and what is true of each: all int64."""
+    classes: Tensor     # (N,) labels of the pool, in the task's order
+    support: Tensor     # (M,) rows
+    labels: Tensor      # (M,) 0..N-1, places in classes
+    query: Tensor       # (Q,) rows
+    truth: Tensor       # (Q,) 0..N-1
 
 
 @dataclass
 class Pool:
-    """A dataset. images (N, 3, S, S) uint8, labels (N,) int64, classes: one name a label; fingerprint changes with the files."""
+    """A dataset. images (N, 3, S, S) uint8, perhaps a mapped file: not to be written to; labels (N,) int64.
+
+    classes: one name a label; fingerprint: changes with the pictures' names, sizes and labels. With a split
+    of its own: test and train, its rows (there may be others), and prompt, its few-shot protocol's.
+    """
     images: Tensor
     labels: Tensor
     classes: list[str]
     fingerprint: str
+    prompt: str | None = None
+    test: Tensor | None = None
+    train: Tensor | None = None
+
+    def by_class(self, rows: Tensor) -> list[Tensor]:
+        """Rows (n,) sorted into one tensor a class."""
+        labels = self.labels[rows]
+        counts = labels.bincount(minlength=len(self.classes))
+        return list(rows[labels.argsort(stable=True)].split(counts.tolist()))
+
+    @cached_property
+    def everything(self) -> list[Tensor]:
+        """Rows of each class."""
+        return self.by_class(torch.arange(len(self.labels)))
 
     @cached_property
     def rows(self) -> list[Tensor]:
-        """Rows of each class."""
-        return [torch.nonzero(self.labels == label)[:, 0] for label in range(len(self.classes))]
+        """Rows of each class that may be learned from: of the training split where there is one."""
+        return self.everything if self.train is None else self.by_class(self.train)
 
-    def episode(self, number: int, way: int = 5, shot: int = 1, query: int = 15, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Episode `number` of a seed: classes (way,), support rows (way, shot), query rows (way, query), all distinct.
+    @cached_property
+    def split_fingerprint(self) -> str:
+        """Changes with which pictures are for learning and which for testing."""
+        return "" if self.test is None else digest(self.train.tolist(), self.test.tolist())
 
-        Raises DataError when there are too few classes, or a class has too few pictures.
+    def episode(self, number: int, way: int = 5, shot: int = 1, query: int = 15, seed: int = 1,
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """Episode `number` of a seed: classes (way,), support rows (way, shot), queries (way, query).
+
+        Drawn from all pictures, whatever their split. Raises DataError when there are too few classes, or too
+        few pictures in one.
         """
         if way > len(self.classes):
             raise DataError(f"{way} classes asked (way), the dataset has {len(self.classes)}")
-        for name, rows in zip(self.classes, self.rows):
+        for name, rows in zip(self.classes, self.everything):
             if len(rows) < shot + query:
-                raise DataError(f"class {name!r} has {len(rows)} pictures, {shot} + {query} = {shot + query} (shot + query) are needed")
+                raise DataError(f"class {name!r} has {len(rows)} pictures, "
+                                f"{shot} + {query} = {shot + query} (shot + query) are needed")
         g = generator("episode", seed, number)
         classes = torch.randperm(len(self.classes), generator=g)[:way]
-        drawn = torch.stack([self.rows[c][torch.randperm(len(self.rows[c]), generator=g)[: shot + query]] for c in classes])
+        members = [self.everything[label] for label in classes]
+        orders = [torch.randperm(len(rows), generator=g)[: shot + query] for rows in members]
+        drawn = torch.stack([rows[order] for rows, order in zip(members, orders)])
         return classes, drawn[:, :shot], drawn[:, shot:]
 
+    def task(self, number: int, way: int, shot: int, query: int, seed: int) -> Task:
+        """The same episode as a task, grouped by class."""
+        classes, support, queries = self.episode(number, way, shot, query, seed)
+        labels = torch.arange(way)
+        return Task(classes, support.flatten(), labels.repeat_interleave(shot),
+                    queries.flatten(), labels.repeat_interleave(query))
 
-# ------------------------------------------------------------------------------------------- the datasets on disk
+    def split(self, shot: int, seed: int) -> Task:
+        """All classes, `shot` pictures of each from the training split, the whole test split as queries.
 
-Listing = tuple[list[tuple[Path, int]], list[str]]    # (picture, label) pairs, class names
-
-EUROSAT = {"AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
-           "Industrial": "Industrial Buildings", "Pasture": "Pasture Land", "PermanentCrop": "Permanent Crop Land",
-           "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}
-ISIC = {"MEL": "Melanoma", "NV": "Melanocytic Nevus", "BCC": "Basal Cell Carcinoma", "AKIEC": "Actinic Keratosis",
-        "BKL": "Benign Keratosis", "DF": "Dermatofibroma", "VASC": "Vascular Lesion"}
-CHESTX = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumothorax"]
-OTHER_FINDINGS = ["No Finding", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Hernia", "Pleural_Thickening", "Pneumonia"]
-ISIC_URL = "https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task3_Training_"
-
-
-def list_folders(root: Path) -> Listing:
-    """A folder of class folders. Hidden files and what is no picture are left out; empty class folders are named."""
-    def visible(folder: Path) -> list[Path]:
-        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    if not root.is_dir():
-        raise DataError(f"no folder {root}: it should hold class folders")
-    found = {f.name: [p for p in visible(f) if p.suffix.lower() in IMG_EXTENSIONS and p.is_file()] for f in visible(root) if f.is_dir()}
-    if empty := [name for name, pictures in found.items() if not pictures]:
-        print(f"left out, no pictures in: {', '.join(empty)}", file=sys.stderr)
-    classes = [name for name, pictures in found.items() if pictures]
-    if not classes:
-        raise DataError(f"no class folders with pictures in {root}")
-    return [(p, label) for label, name in enumerate(classes) for p in found[name]], classes
-
-
-def list_eurosat(root: Path) -> Listing:
-    entries, folders = list_folders(root / "2750")
-    return entries, [EUROSAT.get(name, name) for name in folders]
+        A class with fewer is drawn from with replacement, which is said once; else a seed's pictures at few
+        shots are among those at more. Raises DataError without a split, or for a class without pictures.
+        """
+        if self.test is None:
+            raise DataError(NO_SPLIT)
+        support = []
+        for label, rows in enumerate(self.rows):
+            g, n, name = generator("split", seed, label), len(rows), self.classes[label]
+            if not n:
+                raise DataError(f"class {name!r} has no picture in the training split")
+            if n < shot:
+                say_once(f"class {name!r} has {n} pictures to learn from, not {shot}: drawn with replacement")
+            order = torch.randint(n, (shot,), generator=g) if n < shot else torch.randperm(n, generator=g)
+            support.append(rows[order[:shot]])
+        classes = torch.arange(len(self.classes))
+        labels = classes.repeat_interleave(shot)
+        return Task(classes, torch.cat(support), labels, self.test, self.labels[self.test])
 
 
-def list_isic(root: Path) -> Listing:
-    table = root / "ISIC2018_Task3_Training_GroundTruth" / "ISIC2018_Task3_Training_GroundTruth.csv"
-    pictures = root / "ISIC2018_Task3_Training_Input"
-    rows = [(pictures / f"{row['image']}.jpg", [name for key, name in ISIC.items() if row[key] in ("1", "1.0")]) for row in read_table(table, ["image", *ISIC])]
-    for picture, names in rows:
-        if len(names) != 1:
-            raise DataError(f"{table}: {picture.stem} has {len(names)} of the seven labels, expected one")
-    return by_label(rows, list(ISIC.values()), table)
+# ------------------------------------------------------------------------------ what is in a dataset's folder
+
+Row = tuple[str, str, Hashable]         # "train", "test" or ""; picture, as a path below the folder; class
 
 
-def list_chestx(root: Path) -> Listing:
-    """Only pictures with exactly one finding, of the seven."""
-    table = root / "Data_Entry_2017.csv"
-    table_rows = read_table(table, ["Image Index", "Finding Labels"])
-    for row in table_rows:
-        if unknown := set((row["Finding Labels"] or "").split("|")) - {*CHESTX, *OTHER_FINDINGS}:
-            raise DataError(f"{table}: {row['Image Index']} has an unknown finding {min(unknown)!r}")
-    where = {p.name: p for folder in ("images", "images_*/images") for p in root.glob(f"{folder}/*.png")}
-    rows = [(where.get(row["Image Index"], root / "images" / row["Image Index"]), [row["Finding Labels"]])
-            for row in table_rows if row["Finding Labels"] in CHESTX]
-    return by_label(rows, CHESTX, table)
+class Found(NamedTuple):
+    """What a lister finds in a folder: rows, their classes' names, and what it read, for messages."""
+    rows: list[Row]
+    names: dict[Hashable, str]          # in the order of the labels; those without pictures get none
+    source: Path
 
 
-def read_table(table: Path, columns: list[str]) -> list[dict[str, str]]:
+class Listing(NamedTuple):
+    """Pictures as paths below a folder, their labels, class names, rows of the test and training split."""
+    pictures: list[str]
+    labels: list[int]
+    classes: list[str]
+    test: list[int] | None
+    train: list[int] | None
+
+
+def listed(rows: list[Row], names: dict[Hashable, str], source: Path) -> Listing:
+    """What was found, each picture once. Raises DataError where that cannot be, whatever the lister."""
+    keys, parts = {}, {"": [], "train": [], "test": []}
+    for part, picture, key in rows:
+        if os.path.isabs(picture) or ".." in picture.split("/"):
+            raise DataError(f"{source} lists {picture!r}, which is outside its folder")
+        if not names.get(key):
+            raise DataError(f"{source}: {picture!r} is of {key!r}, which is none of its classes")
+        if keys.setdefault(picture, key) != key:
+            raise DataError(f"{source} has {picture!r} as {names[keys[picture]]!r} and as {names[key]!r}")
+        parts[part].append(picture)
+    if not rows or bool(parts["train"]) != bool(parts["test"]):
+        raise DataError(f"{source} lists no pictures{' of train or of test' if rows else ''}")
+    if both := set(parts["train"]) & set(parts["test"]):
+        raise DataError(f"{source} has {min(both)!r} in train and in test: it would be tested by heart")
+    there = set(keys.values())
+    label = {key: label for label, key in enumerate(key for key in names if key in there)}
+    with refusing(f"{source}: no text can be made of a class name, which is not UTF-8"):
+        "".join(names[key] for key in label).encode()
+    row = {picture: row for row, picture in enumerate(keys)}
+    test, train = ([row[picture] for picture in parts[part]] or None for part in ("test", "train"))
+    labels = [label[key] for key in keys.values()]
+    return Listing(list(keys), labels, [names[key] for key in label], test, train)
+
+
+def ordinary(path: str | Path) -> os.stat_result:
+    """Size and time of an ordinary file. Raises DataError for all else: a pipe would be waited for."""
+    with refusing(f"cannot read {path}"):
+        status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is not an ordinary file")
+    return status
+
+
+def read_text(path: Path) -> str:
+    """An ordinary file of UTF-8. Raises DataError."""
+    ordinary(path)
+    with refusing(f"cannot read {path}"):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def read_table(table: Path, columns: list[str]) -> list[dict[str, str | None]]:
+    """Rows of a CSV file that must have some columns; a short row's last fields are None."""
+    with refusing(f"cannot read {table}", csv.Error):
+        reader = csv.DictReader(read_text(table).splitlines(keepends=True))
+        if missing := [c for c in columns if c not in (reader.fieldnames or [])]:
+            raise DataError(f"{table} has no column {missing[0]!r}")
+        return list(reader)
+
+
+def visible(folder: Path) -> list[list[str]]:
+    """Names of the folders and of the files in a folder, but for hidden ones; sorted."""
+    def stop(error: OSError) -> None:                                    # left alone, walk would pass over it
+        raise error
+    with refusing(f"cannot look into {folder}"):
+        _, *both = next(os.walk(folder, onerror=stop))
+    return [sorted(name for name in names if not name.startswith(".")) for names in both]
+
+
+def rows_of(root: Path, under: str = "", part: str = "") -> list[Row]:
+    """Of class folders; what is no picture is left out, and empty class folders are named."""
+    folders, rows, empty = visible(root / under)[0], [], []
+    for folder in folders:
+        pictures = [f for f in visible(root / under / folder)[1] if f.lower().endswith(IMG_EXTENSIONS)]
+        rows += [(part, join(under, folder, picture), folder) for picture in pictures]
+        empty += [] if pictures else [folder]
+    if empty:
+        progress(f"left out, no pictures in: {', '.join(empty)}", last=True)
+    if not rows:
+        raise DataError(f"no class folders with pictures in {root / under}")
+    return rows
+
+
+def list_folders(root: Path, under: str = "") -> Found:
+    """Class folders; or train/ and test/ (else val/), which hold class folders: the split."""
+    test = "test" if os.path.isdir(root / under / "test") else "val"
+    parts = {join(under, "train"): "train", join(under, test): "test"}
+    if not all(os.path.isdir(root / folder) and visible(root / folder)[0] for folder in parts):
+        parts = {under: ""}
+    rows = [row for folder, part in parts.items() for row in rows_of(root, folder, part)]
+    return Found(rows, {folder: folder for _, _, folder in rows}, root / under)
+
+
+def list_imagenet(root: Path) -> Found:
+    """Folders n01440764, ... in train/ and val/; classnames.txt has lines of such a name and its words."""
+    rows, folders, _ = list_folders(root)
+    table = root / "classnames.txt"
+    words = dict(line.partition(" ")[::2] for line in read_text(table).splitlines())
+    return Found(rows, {folder: words.get(folder, "") for folder in folders}, table)
+
+
+def list_aircraft(root: Path) -> Found:
+    """Lists of FGVC-Aircraft: a picture's name, a space, its variant."""
+    rows, variants = [], root / "variants.txt"
+    for part in ("train", "test"):
+        lines = [line.partition(" ") for line in read_text(root / f"images_variant_{part}.txt").splitlines()]
+        rows += [(part, f"images/{picture}.jpg", variant) for picture, _, variant in lines]
+    return Found(rows, {variant: variant for variant in read_text(variants).splitlines()}, variants)
+
+
+def list_split(root: Path, split: str, pictures: str) -> Found:
+    """CoOp's splits: {"train": [[picture, label, class name], ...], "test": ...}; its val is left out."""
+    source, names, rows = root / split, {}, []
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if missing := [c for c in columns if c not in (reader.fieldnames or [])]:
-                raise DataError(f"{table} has no column {missing[0]!r}")
-            return list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise DataError(f"cannot read {table}: {e}") from e
+        parts = json.loads(read_text(source))
+        for part in ("train", "test"):
+            for picture, label, name in parts[part]:
+                if type(label) is not int or type(name) is not str:
+                    raise TypeError
+                if names.setdefault(label, name) != name:
+                    raise DataError(f"{source} gives label {label} two names, {names[label]!r} and {name!r}")
+                rows.append((part, join(pictures, picture), label))
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise DataError(f"{source} does not hold train and test lists of [picture, label, class name]") from e
+    if len(set(names.values())) < len(names):
+        raise DataError(f"{source} gives two labels one name")
+    if strange := names.keys() - range(len(names)):
+        raise DataError(f"{source}: {len(names)} labels are not 0 to {len(names) - 1}: one is {min(strange)}")
+    return Found(rows, dict(sorted(names.items())), source)
 
 
-def by_label(rows: list[tuple[Path, list[str]]], names: list[str], table: Path) -> Listing:
-    """(picture, [class name]) rows of a table -> a listing of the classes that have pictures. Raises DataError for a missing picture."""
-    there = {p for folder in {picture.parent for picture, _ in rows} if folder.is_dir() for p in folder.iterdir()}
-    for picture, _ in rows:
-        if picture not in there:
-            raise DataError(f"{table} lists {picture.name}, which is not at {picture}")
-    classes = [name for name in names if any(name in labels for _, labels in rows)]
-    return [(picture, classes.index(labels[0])) for picture, labels in rows], classes
+EUROSAT = {"AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
+           "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
+           "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings",
+           "SeaLake": "Sea or Lake"}
+EUROSAT_SPLIT = "split_zhou_EuroSAT.json"
+ISIC = {"MEL": "Melanoma", "NV": "Melanocytic Nevus", "BCC": "Basal Cell Carcinoma",
+        "AKIEC": "Actinic Keratosis", "BKL": "Benign Keratosis", "DF": "Dermatofibroma",
+        "VASC": "Vascular Lesion"}
+CHESTX = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumothorax"]
+OTHER_FINDINGS = ["No Finding", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Hernia",
+                  "Pleural_Thickening", "Pneumonia"]
 
+
+def list_eurosat(root: Path) -> Found:
+    """All class folders, in their order, for episodes; where CoOp's split is beside them, its parts too."""
+    rows, source = rows_of(root, "2750"), root / "2750"
+    names = {folder: EUROSAT.get(folder, folder) for _, _, folder in rows}
+    if os.path.exists(root / EUROSAT_SPLIT):
+        split, labels, source = list_split(root, EUROSAT_SPLIT, "2750")
+        folders = {name: folder for folder, name in names.items()}
+        rows += [(part, picture, folders.get(labels[label], labels[label])) for part, picture, label in split]
+    return Found(rows, names, source)
+
+
+def list_isic(root: Path) -> Found:
+    table = root / "ISIC2018_Task3_Training_GroundTruth" / "ISIC2018_Task3_Training_GroundTruth.csv"
+    rows = []
+    for row in read_table(table, ["image", *ISIC]):
+        found = [key for key in ISIC if row[key] in ("1", "1.0")]
+        if len(found) != 1:
+            raise DataError(f"{table}: {row['image']} has {len(found)} of the seven labels, expected one")
+        rows.append(("", f"ISIC2018_Task3_Training_Input/{row['image']}.jpg", found[0]))
+    return Found(rows, ISIC, table)
+
+
+def list_chestx(root: Path) -> Found:
+    """Only pictures with exactly one finding, of the seven."""
+    table, rows = root / "Data_Entry_2017.csv", []
+    where = {p.name: p.relative_to(root).as_posix()
+             for part in ("images", "images_*/images") for p in root.glob(f"{part}/*.png")}
+    for row in read_table(table, ["Image Index", "Finding Labels"]):
+        picture, findings = row["Image Index"], row["Finding Labels"] or ""
+        if unknown := set(findings.split("|")) - {*CHESTX, *OTHER_FINDINGS}:
+            raise DataError(f"{table}: {picture} has an unknown finding {min(unknown)!r}")
+        if findings in CHESTX:
+            rows.append(("", where.get(picture, join("images", picture)), findings))
+    return Found(rows, {finding: finding for finding in CHESTX}, table)
+
+
+# --------------------------------------------------------------------------------------------- the known sets
 
 def fetch_isic(target: Path) -> None:
-    print("ISIC 2018 task 3: 2.6 GB, licence CC BY-NC (no commercial use)", file=sys.stderr)
+    progress("ISIC 2018 task 3: 2.6 GB, licence CC BY-NC (no commercial use)", last=True)
     for part in ("Input", "GroundTruth"):
-        print(f"downloading {ISIC_URL}{part}.zip", file=sys.stderr)
-        download_and_extract_archive(f"{ISIC_URL}{part}.zip", str(target), remove_finished=True)
+        url = f"https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task3_Training_{part}.zip"
+        progress(f"downloading {url}", last=True)
+        download_and_extract_archive(url, str(target), remove_finished=True)
 
 
+class Dataset(NamedTuple):
+    """A known set: its folder under --data, how to list that, what must be in it, where people get it."""
+    folder: str
+    list: Callable[[Path], Found]
+    needs: tuple[str, ...]
+    source: str
+    fetch: Callable[[Path], object] | None = None
+    split: str = ""                     # the file or folder that makes a test split, if it has one
+    size: int = 256                     # pixels a side that are kept
+    prompt: str | None = None           # of the few-shot protocol
+
+
+def with_split(folder: str, split: str, pictures: str, source: str, prompt: str) -> Dataset:
+    """A set whose split is CoOp's file."""
+    split = f"split_zhou_{split}.json"
+    return Dataset(folder, partial(list_split, split=split, pictures=pictures), (split, pictures),
+                   f"the pictures from {source}, the split from {COOP}", split=split, prompt=prompt)
+
+
+COOP = "DATASETS.md in github.com/KaiyangZhou/CoOp"
+NO_SPLIT = ("this dataset has no split of its own: it takes train/ and test/ (or val/) with class folders, "
+            f"or for a known set its split_zhou_<Name>.json ({COOP})")
 KAGGLE = "curl -L -o a.zip https://www.kaggle.com/api/v1/datasets/download/"
-DATASETS = {    # folder under --data, cached pixels a side, how to list it, how to fetch it: a function, or words for the user
-    "eurosat": ("eurosat", 64, list_eurosat, lambda target: EuroSAT(str(target.parent), download=True)),
-    "isic": ("ISIC", 256, list_isic, fetch_isic),
-    "cropdiseases": ("CropDiseases", 256, lambda root: list_folders(root / "train"),
-                     f"{KAGGLE}saroz014/plant-disease, its class folders in CropDiseases/train/"),
-    "chestx": ("ChestX", 256, list_chestx, f"{KAGGLE}nih-chest-xrays/data (42 GB), with Data_Entry_2017.csv and images/ or images_0NN/images/ in ChestX/"),
+OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
+DATASETS = {
+    "eurosat": Dataset("eurosat", list_eurosat, ("2750",), "the pictures from https://github.com/phelber/"
+                       f"EuroSAT (a run without the split fetches them), the split from {COOP}",
+                       fetch=lambda target: EuroSAT(str(target.parent), download=True), split=EUROSAT_SPLIT,
+                       size=64, prompt="a centered satellite photo of {}."),
+    "isic": Dataset("ISIC", list_isic, (), "https://challenge.isic-archive.com/data", fetch=fetch_isic),
+    "cropdiseases": Dataset("CropDiseases", partial(list_folders, under="train"), ("train",),
+                            f"{KAGGLE}saroz014/plant-disease, its class folders in CropDiseases/train/"),
+    "chestx": Dataset("ChestX", list_chestx, (), f"{KAGGLE}nih-chest-xrays/data (42 GB), with "
+                      "Data_Entry_2017.csv and images/ or images_0NN/images/ in ChestX/"),
+    "imagenet": Dataset("imagenet", list_imagenet, ("classnames.txt", "train", "val"),
+                        "the class folders train/ and val/ from https://image-net.org, "
+                        f"classnames.txt from {COOP}", split="val", prompt="itap of a {}."),
+    "sun397": with_split("SUN397", "SUN397", "SUN397", "https://vision.princeton.edu/projects/2010/SUN/",
+                         "a photo of a {}."),
+    "aircraft": Dataset("fgvc_aircraft", list_aircraft, ("variants.txt", "images_variant_train.txt",
+                        "images_variant_test.txt", "images"), f"{OXFORD}fgvc-aircraft/ (its data/ folder)",
+                        split="images_variant_test.txt", prompt="a photo of a {}, a type of aircraft."),
+    "cars": with_split("StanfordCars", "StanfordCars", "",
+                       "https://ai.stanford.edu/~jkrause/cars/car_dataset.html", "a photo of a {}."),
+    "food101": with_split("Food101", "Food101", "images",
+                          "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
+                          "a photo of {}, a type of food."),
+    "pets": with_split("OxfordPets", "OxfordPets", "images", f"{OXFORD}pets/",
+                       "a photo of a {}, a type of pet."),
+    "flowers": with_split("Flower102", "OxfordFlowers", "jpg", f"{OXFORD}flowers/102/",
+                          "a photo of a {}, a type of flower."),
+    "caltech101": with_split("Caltech101", "Caltech101", "101_ObjectCategories",
+                             "https://data.caltech.edu/records/mzrjq-6wc02", "a photo of a {}."),
+    "dtd": with_split("DTD", "DescribableTextures", "images", f"{OXFORD}dtd/", "{} texture."),
+    "ucf101": with_split("UCF101", "UCF101", "UCF-101-midframes", COOP, "a photo of a person doing {}."),
 }
+PAPERS = ("eurosat", "isic", "cropdiseases", "chestx")                   # the three papers' targets
+FSL = ("imagenet", "sun397", "aircraft", "eurosat", "cars", "food101", "pets", "flowers", "caltech101", "dtd",
+       "ucf101")
 
 
-def check(name: str, root: str | Path = "datasets") -> None:
-    """Raises DataError where `load` is sure to: before anything is fetched for it."""
-    if name in DATASETS:
-        directory, _, _, source = DATASETS[name]
-        if isinstance(source, str) and not (Path(root) / directory).is_dir():
-            raise DataError(f"{name} is not at {Path(root) / directory}; get it with {source}")
-    elif name != "toy" and not Path(name).is_dir():
-        raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}, toy, or give a folder of class folders")
+def check(name: str, root: str | Path = "datasets", split: bool = False) -> None:
+    """Raises DataError where `load` (or `Pool.split`, if wanted) is sure to: before anything is fetched."""
+    known = DATASETS.get(name)
+    if split and (name == "toy" or known and not known.split):
+        raise DataError(NO_SPLIT)
+    if known:
+        folder, needs = Path(root) / known.folder, ("", *known.needs)
+        if split:
+            needs += (known.split,)                                      # which is never fetched
+        elif known.fetch and not os.path.isdir(folder):
+            return
+        for path in needs:
+            if not os.path.exists(folder / path):
+                raise DataError(f"{name} needs {folder / path}, which is not there; get {known.source}")
+    elif name != "toy" and not os.path.isdir(name):
+        raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}, toy, or give a folder")
 
 
 def load(name: str, root: str | Path = "datasets") -> Pool:
-    """The dataset called `name` under root, fetched at need; or "toy"; or the folder of class folders at the path `name`.
+    """The dataset called `name` under root, fetched at need; or "toy"; or the folder at the path `name`.
 
-    Raises DataError: unknown name, dataset not found, no network, a picture that cannot be decoded, a broken table.
+    Raises DataError: unknown name, nothing there, no network, a picture that cannot be decoded, a bad table.
     """
     check(name, root)
     if name == "toy":
-        images, labels = toy_pictures(200)
-        return Pool(images, labels, list(TOY_CLASSES), "toy")
-    directory, size, listing, source = DATASETS.get(name, (name, 256, list_folders, None))
-    folder = Path(root) / directory if source else Path(name)
+        return Pool(*toy_pictures(200), list(TOY_CLASSES), "toy")
+    if name not in DATASETS:
+        return load_folder(name)
+    known, folder = DATASETS[name], Path(root) / DATASETS[name].folder
     if not folder.is_dir():
-        fetch(name, folder, source)
-    elsewhere = CACHE / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}-{size}.safetensors"
-    return cached(listing(folder), folder, size, [folder / f".{name}-{size}.safetensors", elsewhere] if source else [elsewhere])
+        fetch(name, folder, known.fetch)
+    return decoded(folder, known, [folder / f".{name}-{known.size}.u8"])
 
 
-def fetch(name: str, folder: Path, source: Callable[[Path], None]) -> None:
+def load_folder(path: str | Path) -> Pool:
+    """A folder of class folders, of train/ and test/ (or val/) with them, a known set. Raises DataError."""
+    known = next((d for d in DATASETS.values() if d.split and os.path.isfile(Path(path) / d.split)), None)
+    return decoded(Path(path), known or Dataset("", list_folders, (), ""), [])
+
+
+def try_lock(file) -> bool:
+    """Whether this process now is the one that writes an open file; without locks here, it always is."""
+    with suppress(AttributeError):                                       # no fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:                                                  # a file system without locks
+            pass
+    return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, so that the second finds the work done. Without locks both do it: no harm."""
+    with open(path, "a+") as lock:
+        if not try_lock(lock):
+            progress(f"waiting for another run that is busy with {path.parent}", last=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(name: str, folder: Path, source: Callable[[Path], object]) -> None:
     """Fetch into a folder beside, then rename: the dataset is there whole or not at all."""
     part = folder.with_name(f".{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{part}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)                             # a second process waits here, then finds the first one's work
+        with locked(Path(f"{part}.lock")):
             if folder.is_dir():
                 return
-            print(f"{name} is not at {folder}: downloading it", file=sys.stderr)
+            progress(f"{name} is not at {folder}: downloading it", last=True)
             shutil.rmtree(part, ignore_errors=True)                      # of a run that was killed
             try:
                 source(part / folder.name)
@@ -207,136 +566,140 @@ def fetch(name: str, folder: Path, source: Callable[[Path], None]) -> None:
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     except (OSError, RuntimeError, http.client.HTTPException, zipfile.BadZipFile, zlib.error) as e:
-        raise DataError(f"cannot download {name} ({e}): fetch it on another machine and put it at {folder}") from e
+        raise DataError(f"cannot download {name} ({e}): "
+                        f"fetch it on another machine and put it at {folder}, so that there is "
+                        f"{folder / (DATASETS[name].needs or ('',))[0]}") from e
 
 
-# ---------------------------------------------------------------------------------------------- the one-tensor cache
+# ---------------------------------------------------------------------------------------- the one-tensor file
 
 def decode(path: str | Path, size: int) -> Tensor:
-    """Any picture that Pillow reads, upright, as (3, size, size) uint8 RGB. Raises DataError naming the file."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                               # Pillow's advice about palettes is not for our user
-            image = ImageOps.exif_transpose(Image.open(path))
-            if image.mode.startswith("I"):                                # 16 bits a pixel: Pillow's own conversion would clip
-                image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            return pil_to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)).contiguous()
-    except Exception as e:                                                # Pillow's readers raise all sorts: struct.error, KeyError, ...
-        raise DataError(f"cannot decode {path}: {e}") from e
+    """Any picture of FORMATS, upright, as (3, size, size) uint8 RGB. Raises DataError naming the file."""
+    ordinary(path)
+    # Pillow's readers raise all sorts: struct.error, KeyError
+    with refusing(f"cannot decode {path}", Exception), Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:         # Pillow only warns up to twice that
+            raise ValueError(f"{image.width} x {image.height} pixels are too many")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):              # 16 bits a pixel: Pillow's own conversion would clip
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return TF.pil_to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
-def decode_all(paths: list[Path], size: int) -> Tensor | str:
-    """Pictures (n, 3, size, size), or a failure as its message: raised in a worker process, it would lose its type."""
-    try:
-        return torch.stack([decode(path, size) for path in paths])        # one tensor, as each takes a file descriptor on its way back
-    except DataError as e:
-        return str(e)
+def decoded(folder: Path, known: Dataset, places: list[Path]) -> Pool:
+    """The dataset in a folder, its pictures kept in the first of `places` that can be written, or CACHE."""
+    found, size = known.list(folder), known.size
+    pictures, labels, classes, test, train = listed(*found)
+    paths = [os.path.join(folder, picture) for picture in pictures]
+    with refusing(str(found.source), DataError):
+        stats = [ordinary(path) for path in told(paths, len(paths), "looking for pictures")]
+    sizes = [s.st_size for s in stats]
+    fingerprint = digest(pictures, sizes, [s.st_mtime_ns for s in stats], size)
+    cache = CACHE / f"{digest(os.fsencode(folder.resolve()))}-{size}.u8"
+    images = keep(paths, (len(paths), 3, size, size), fingerprint, [*places, cache])
+    test, train = (None if rows is None else torch.tensor(rows) for rows in (test, train))
+    name = digest(pictures, sizes, labels, classes, size)
+    return Pool(images, torch.tensor(labels), classes, name, known.prompt, test, train)
 
 
-def cached(listing: Listing, root: Path, size: int, places: list[Path]) -> Pool:
-    """The listed pictures from the first of `places` that holds them as they are now, else decoded into the first writable."""
-    entries, classes = listing
-    stats = [(str(p.relative_to(root)), label, (s := p.stat()).st_size, s.st_mtime_ns) for p, label in entries]
-    fingerprint = hashlib.sha256(repr((stats, classes, size)).encode()).hexdigest()[:16]
+def keep(paths: list[str], shape: tuple[int, ...], fingerprint: str, places: list[Path]) -> Tensor:
+    """The pictures from the first place that holds them, else decoded into the first that can be written."""
     for place in places:
-        if pool := open_cache(place, fingerprint):
-            return pool
+        if (images := mapped(place, shape, fingerprint)) is not None:
+            return images
     for place, fallback in zip(places, [*places[1:], None]):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with open(f"{place}.lock", "a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)                         # a second run waits here, then finds the first one's work
-                if not open_cache(place, fingerprint):
-                    build_cache(place, entries, classes, size, fingerprint)
-            return open_cache(place, fingerprint)
+            with locked(Path(f"{place}.lock")):
+                if mapped(place, shape, fingerprint) is None:
+                    decode_all(paths, shape[-1], place, fingerprint)
+            if (images := mapped(place, shape, fingerprint)) is None:
+                raise OSError("they cannot be mapped into memory there")
+            return images
         except OSError as e:
+            said = f"cannot keep decoded pictures ({prod(shape) / 1e9:.1f} GB) in {place.parent}: {reason(e)}"
             if fallback is None:
-                raise DataError(f"cannot keep the decoded pictures in {place.parent}: {e.strerror}") from e
-            print(f"cannot keep the decoded pictures in {place.parent} ({e.strerror}): they go to {fallback.parent}", file=sys.stderr)
+                raise DataError(f"{said}; XDG_CACHE_HOME names another place") from e
+            progress(f"{said}; they go to {fallback.parent}", last=True)
 
 
-def open_cache(place: Path, fingerprint: str) -> Pool | None:
+def mapped(place: Path, shape: tuple[int, ...], fingerprint: str) -> Tensor | None:
+    """A file of pictures, read as they are indexed; None if there is none, or it is cut or of other pictures.
+
+    The fingerprint stands behind the pictures: it is written last, and what is mapped begins with them.
+    """
+    with suppress(OSError, DataError, RuntimeError):
+        ordinary(place)
+        with open(place, "rb") as file:
+            file.seek(prod(shape))
+            if file.read(len(fingerprint) + 1) == fingerprint.encode():
+                shared = os.access(place, os.W_OK)          # where it can be: a private map counts as memory
+                images = torch.from_file(str(place), shared=shared, size=prod(shape), dtype=torch.uint8)
+                return images.view(shape)
+    return None
+
+
+def decode_all(paths: list[str], size: int, place: Path, fingerprint: str) -> None:
+    """Decode by threads (Pillow lets go of Python's lock) and write in order; the file appears when whole."""
+    part, total, pool = Path(f"{place}.part"), len(paths), ThreadPoolExecutor()
+    pictures = (picture for start in range(0, total, 256)       # a few hundred at a time bound the memory
+                for picture in pool.map(partial(decode, size=size), paths[start: start + 256]))
+    progress(f"decoding {total} pictures", last=True)
     try:
-        with safe_open(place, "pt") as file:                             # maps the file: pictures are read when first indexed
-            metadata = file.metadata() or {}
-            if metadata.get("fingerprint") == fingerprint:
-                return Pool(file.get_tensor("images"), file.get_tensor("labels"), json.loads(metadata["classes"]), fingerprint)
-    except (OSError, SafetensorError):                                   # not there, or cut short
-        pass
-
-
-def build_cache(place: Path, entries: list[tuple[Path, int]], classes: list[str], size: int, fingerprint: str) -> None:
-    """Write a safetensors file picture by picture, so that it may be larger than memory; it appears when it is whole."""
-    total, start = len(entries), 8 * len(entries)
-    header = json.dumps({"__metadata__": {"classes": json.dumps(classes), "fingerprint": fingerprint},
-                         "labels": {"dtype": "I64", "shape": [total], "data_offsets": [0, start]},
-                         "images": {"dtype": "U8", "shape": [total, 3, size, size], "data_offsets": [start, start + total * 3 * size * size]}}).encode()
-    header += b" " * (-len(header) % 8)
-    workers = min(len(os.sched_getaffinity(0)), 16, total // 200)
-    batches = DataLoader([p for p, _ in entries], batch_size=64, num_workers=workers, collate_fn=partial(decode_all, size=size))
-    part, done, begun = Path(f"{place}.part"), 0, time.monotonic()
-    try:
-        with part.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.write(torch.tensor([label for _, label in entries]).numpy())
-            for batch in batches:
-                if isinstance(batch, str):
-                    raise DataError(batch)
-                file.write(batch.numpy())
-                done += len(batch)
-                print(f"\rdecoding pictures {done}/{total}, {done / (time.monotonic() - begun):.0f} a second ", end="", file=sys.stderr)
+        part.unlink(missing_ok=True)                                     # of a run that was killed
+        with open(part, "xb") as file:
+            for picture in told(pictures, total, "decoding pictures"):
+                file.write(picture.numpy().tobytes())
+            file.write(fingerprint.encode())
         os.replace(part, place)
     finally:
-        if done:
-            print(file=sys.stderr)                                       # ends the line of progress, before a message too
+        pool.shutdown(cancel_futures=True)                               # waits only for the pictures in hand
         part.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------------ augmentation
+# ----------------------------------------------------------------------------------------------- augmentation
 
 @cache
 def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1), copied to the device once: a copy in every training step would make the host wait for the GPU each time."""
+    """(3, 1, 1), copied to the device once: a copy in every step would make the host wait for the GPU."""
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def normalize(images: Tensor) -> Tensor:
-    """(..., 3, S, S) in 0..1 -> CLIP's normalisation."""
-    return (images - of_channels(MEAN, images.device)) / of_channels(STD, images.device)
+def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+    """(..., 3, S, S) in 0..1 -> normalised by a backbone's mean and std."""
+    return (images - of_channels(tuple(mean), images.device)) / of_channels(tuple(std), images.device)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
     """(..., 3, S, S) uint8 or float in 0..1 -> (..., 3, size, size) float in 0..1, antialiased."""
-    images = images / 255 if images.dtype == torch.uint8 else images
-    if images.shape[-1] == size:
-        return images
-    flat = F.interpolate(images.flatten(0, -4), (size, size), mode="bilinear", antialias=True)
-    return flat.view(*images.shape[:-2], size, size)
+    return TF.resize(images / 255 if images.dtype == torch.uint8 else images, [size, size])
 
 
-def plain(images: Tensor, size: int, centre: bool = False) -> Tensor:
-    """(..., 3, S, S) uint8 -> (..., 3, size, size) normalised: resized, or (centre) resized to 257/224 of it and cropped."""
-    if not centre:
-        return normalize(resize(images, size))
-    margin = (round(size * 257 / 224) - size) // 2
-    return normalize(resize(images, round(size * 257 / 224))[..., margin: margin + size, margin: margin + size])
+def plain(images: Tensor, size: int, centre: bool = False, mean: tuple[float, ...] = MEAN,
+          std: tuple[float, ...] = STD) -> Tensor:
+    """(..., 3, S, S) uint8 -> (..., 3, size, size) normalised; centre: of 257/224 the size, cropped."""
+    whole = round(size * 257 / 224) if centre else size
+    inside = slice((whole - size) // 2, (whole - size) // 2 + size)
+    return normalize(resize(images, whole)[..., inside, inside], mean, std)
 
 
-def warp(images: Tensor, matrices: Tensor, size: int, padding: str) -> Tensor:
-    """Each image of (..., 3, S, S) through its own affine map (..., 2, 3) -> (..., 3, size, size)."""
-    flat = images.flatten(0, -4)
-    grid = F.affine_grid(matrices.flatten(0, -3), (len(flat), 3, size, size), align_corners=False)
-    return F.grid_sample(flat, grid, padding_mode=padding, align_corners=False).view(*images.shape[:-2], size, size)
+def warp(images: Tensor, maps: Sequence[Tensor], size: int, padding: str, mode: str = "bilinear") -> Tensor:
+    """Each image of (..., 3, S, S) through its own affine map -> (..., 3, size, size); maps: six of (...)."""
+    flat, matrices = images.flatten(0, -4), torch.stack(maps, -1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, (len(flat), 3, size, size), align_corners=False)
+    turned = F.grid_sample(flat, grid, mode=mode, padding_mode=padding, align_corners=False)
+    return turned.view(*images.shape[:-2], size, size)
 
 
-def random_crop(images: Tensor, u: Tensor, size: int) -> Tensor:
-    """Random resized crop (area 0.5..1, ratio 3/4..4/3) and flip; images (..., 3, S, S) in 0..1, u (..., 5) uniform in 0..1."""
-    area, ratio = 0.5 + 0.5 * u[..., 0], (4 / 3) ** (2 * u[..., 1] - 1)
+def random_crop(images: Tensor, u: Tensor, size: int, least: float = 0.5, bicubic: bool = False) -> Tensor:
+    """Random crop (area least..1, ratio 3/4..4/3) and flip; images (..., 3, S, S) and u (..., 5) in 0..1."""
+    area, ratio = least + (1 - least) * u[..., 0], (4 / 3) ** (2 * u[..., 1] - 1)
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     x, y = (2 * u[..., 2] - 1) * (1 - width), (2 * u[..., 3] - 1) * (1 - height)
     zero, flip = torch.zeros_like(x), torch.where(u[..., 4] < 0.5, -1.0, 1.0)
-    matrices = torch.stack([torch.stack([flip * width, zero, x], -1), torch.stack([zero, height, y], -1)], -2)
-    return warp(images, matrices, size, "border")
+    mode = "bicubic" if bicubic else "bilinear"
+    crop = warp(images, (flip * width, zero, x, zero, height, y), size, padding="border", mode=mode)
+    return crop.clamp(0, 1) if bicubic else crop                         # bicubic overshoots at edges
 
 
 def jitter(images: Tensor, factors: Tensor) -> Tensor:
@@ -351,91 +714,175 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def five_views(images: Tensor, u: Tensor) -> Tensor:
-    """The released five views, in 0..1: plain; rotation, jitter and flip; rotation; jitter; flip. (E, M, ...) -> (E, 5 M, ...), view first.
+    """The released five views, in 0..1: plain; rotation, jitter and flip; rotation; jitter; flip.
 
-    u (E, M, 8) uniform in 0..1: two angles (-45..45 degrees), two times three jitter factors (0.6..1.4). Flips are certain.
+    (E, M, ...) -> (E, 5 M, ...), view first. u (E, M, 8) uniform in 0..1: two angles (-45..45 degrees), twice
+    three jitter factors (0.6..1.4). Flips are certain.
     """
     def turned(angle: Tensor, flip: float) -> Tensor:
         cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-        matrices = torch.stack([torch.stack([flip * cos, -sin, zero], -1), torch.stack([flip * sin, cos, zero], -1)], -2)
-        return warp(images, matrices, images.shape[-1], "zeros")
+        maps = (flip * cos, -sin, zero, flip * sin, cos, zero)
+        return warp(images, maps, images.shape[-1], padding="zeros")
     angles, factors = (u[..., :2] - 0.5) * pi / 2, 0.6 + 0.8 * u[..., 2:]
-    return torch.cat([images, jitter(turned(angles[..., 0], -1.0), factors[..., :3]), turned(angles[..., 1], 1.0),
-                      jitter(images, factors[..., 3:]), images.flip(-1)], 1)
+    all_three = jitter(turned(angles[..., 0], -1.0), factors[..., :3])
+    return torch.cat([images, all_three, turned(angles[..., 1], 1.0), jitter(images, factors[..., 3:]),
+                      images.flip(-1)], 1)
 
 
-def support_batches(images: Tensor, labels: Tensor, augment: str, steps: int, size: int, seeds: Sequence[object],
-                    minibatch: int = 0) -> tuple[Tensor, Callable[[int], tuple[Tensor, Tensor]]]:
-    """Support sets (E, M, 3, S, S) uint8 and labels (E, M) -> plain pictures (E, M, 3, size, size) and batches(step).
+@dataclass(eq=False)
+class Batches:
+    """What the steps of E tasks see, the same whenever asked; all chance is drawn from each task's own seed.
 
-    augment: none, crop or views (see Recipe). batches(step) gives pictures (E, B, 3, size, size), normalised, and labels
-    (E, B). All chance is drawn from each episode's own seed.
+    A full batch is indexed once, the pictures of mini-batches step by step.
     """
-    def uniform(what: str, *shape: int) -> Tensor:                       # (E, *shape)
-        return torch.stack([torch.rand(shape, generator=generator(what, seed)) for seed in seeds]).to(images.device)
-    still = plain(images, size, centre=augment == "none")
-    pictures, crops = still, None
-    if augment == "views":
-        pictures = normalize(five_views(resize(images, size), uniform(augment, images.shape[1], 8)))
-        labels = labels.repeat(1, 5)
-    elif augment == "crop":
-        # grid_sample does not average: shrink first, so that a crop of half the area has about `size` pixels a side
-        pictures = resize(images, min(images.shape[-1], ceil(size * 2 ** 0.5)))
-        crops = uniform(augment, steps, pictures.shape[1], 5)
-    order = None
-    if 0 < minibatch < pictures.shape[1]:
-        epochs = ceil(steps * minibatch / pictures.shape[1])
-        order = uniform("order", epochs, pictures.shape[1]).argsort(-1).flatten(1)         # (E, epochs * M): shuffled anew in each epoch
+    images: Tensor                      # (N, 3, S, S) uint8, a pool's
+    support: Tensor                     # (E, M) rows of it
+    labels: Tensor                      # (E, M) int64
+    _: KW_ONLY
+    size: int                           # pixels a side
+    steps: int
+    seeds: Sequence[object]             # E keys
+    augment: str = "crop"               # none, crop or views (see Recipe)
+    minibatch: int = 0                  # pictures a step, shuffled anew in each epoch; 0: all
+    area: float = 0.5                   # of the smallest crop
+    bicubic: bool = False               # the crop's interpolation
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    device: torch.device | str = "cpu"
+    told: Callable[[int], object] = int # called with every step that is asked for
 
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        x, y = pictures, labels
-        if order is not None:
-            rows = order[:, step * minibatch: (step + 1) * minibatch]
-            x, y = torch.stack([p[r] for p, r in zip(x, rows)]), y.gather(1, rows)
-        return (x if crops is None else normalize(random_crop(x, crops[:, step, : x.shape[1]], size))), y
-    return still, batches
+    def __post_init__(self):
+        tasks, self.pictures = self.support.shape                        # E, M
+        views = 5 if self.augment == "views" else 1
+        self.shown = views * self.pictures                               # in an epoch
+        self.mini = 0 < self.minibatch < self.shown
+        self.batch = self.minibatch if self.mini else self.shown         # B
+        self.different = self.batch if self.mini else self.pictures      # K
+        order = torch.arange(self.shown).expand(tasks, -1)               # (E, all that the steps show)
+        if self.mini:
+            epochs = ceil(self.steps * self.batch / self.shown)
+            order = self.uniform("order", epochs, self.shown).argsort(-1).flatten(1)
+        picture = order % self.pictures
+        self.order, self.places = order.to(self.device), self.support.gather(1, picture)
+        self.truth = self.labels.gather(1, picture).to(self.device)
+        if views > 1:
+            self.turns = self.uniform("views", self.pictures, 8).to(self.device)
+        self.block = max(1, min(self.steps, 2 ** 25 // (5 * self.shown * tasks)))
+        self.drawn = inf                # the block of steps whose crops are at hand
+        self.made = {}                  # what was made last, and of which step
+
+    def uniform(self, what: str, *shape: int) -> Tensor:
+        """(E, *shape) in 0..1."""
+        return torch.stack([torch.rand(shape, generator=generator(what, seed)) for seed in self.seeds])
+
+    def part(self, of_all: Tensor, step: int, count: int) -> Tensor:
+        """A step's first columns of (E, all that the steps show); full batches all show the same."""
+        return of_all.narrow(1, step * self.batch % of_all.shape[1], count)
+
+    def rows(self, step: int) -> Tensor:
+        """(E, B) int64: which of all that is shown the step shows; row r is view r // M of picture r % M."""
+        return self.part(self.order, step, self.batch)
+
+    def once(self, make: Callable[[int], Tensor], step: int) -> Tensor:
+        """What `make` makes of a step, the last one kept: of a full batch it is made once for all steps."""
+        step = step if self.mini else 0
+        if self.made.get(make.__name__, (None,))[0] != step:
+            self.made[make.__name__] = step, make(step)
+        return self.made[make.__name__][1]
+
+    def taken(self, step: int) -> Tensor:
+        """The step's pictures without views (E, K, 3, S, S) uint8, on the device."""
+        pictures = self.images[self.part(self.places, step, self.different)]
+        pictures = pictures.pin_memory() if torch.device(self.device).type == "cuda" else pictures
+        return pictures.to(self.device, non_blocking=True)
+
+    def still(self, step: int) -> Tensor:
+        """Without augmentation, (E, K, 3, size, size)."""
+        return plain(self.once(self.taken, step), self.size, self.augment == "none", self.mean, self.std)
+
+    def prepared(self, step: int) -> Tensor:
+        """The step's pictures (E, B, 3, s, s), but for the crop, which differs in every step."""
+        pictures = self.once(self.taken, step)
+        if self.augment == "none":
+            return self.once(self.still, step)
+        if self.augment == "crop":
+            # grid_sample does not average: shrink first, until the smallest crop has about `size` pixels
+            return resize(pictures, min(pictures.shape[-1], ceil(self.size * self.area ** -0.5)))
+        rows = self.rows(step)
+        task = torch.arange(len(rows), device=self.device)[:, None]
+        turns = self.turns[task, rows[:, : self.different] % self.pictures]
+        views = normalize(five_views(resize(pictures, self.size), turns), self.mean, self.std)
+        if not self.mini:
+            return views
+        return views[task, rows // self.pictures * self.batch + torch.arange(self.batch, device=self.device)]
+
+    def crops(self, step: int) -> Tensor:
+        """(E, B, 5) in 0..1. A task's numbers are one stream through the steps, read on or from the start."""
+        block = step // self.block
+        if block < self.drawn:
+            self.streams, self.drawn = [generator("crop", seed) for seed in self.seeds], -1
+        while self.drawn < block:
+            numbers = [torch.rand(self.block, self.shown, 5, generator=g) for g in self.streams]
+            numbers = torch.stack([of_task[:, : self.batch] for of_task in numbers], 1)
+            self.numbers = numbers.to(self.device)                       # (steps of the block, E, B, 5)
+            self.drawn += 1
+        return self.numbers[step % self.block]
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Pictures (E, B, 3, size, size), normalised, and labels (E, B)."""
+        self.told(step)
+        pictures = self.once(self.prepared, step)
+        if self.augment == "crop":
+            pictures = random_crop(pictures, self.crops(step), self.size, self.area, self.bicubic)
+            pictures = normalize(pictures, self.mean, self.std)
+        return pictures, self.part(self.truth, step, self.batch)
+
+    def plain(self, step: int) -> tuple[Tensor, Tensor]:
+        """Without augmentation: pictures (E, K, 3, size, size), labels (E, K); all M of a full batch."""
+        return self.once(self.still, step), self.part(self.truth, step, self.different)
 
 
-# ------------------------------------------------------------------------------------------------------ the toy world
+# ---------------------------------------------------------------------------------------------- the toy world
 
 def _fold(x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Turn every point by a multiple of 1/n of a circle, so that it lies within 180/n degrees of the x axis; y >= 0."""
-    angle = torch.remainder(torch.atan2(y, x) + pi / n, 2 * pi / n) - pi / n
-    return torch.hypot(x, y) * angle.cos(), torch.hypot(x, y) * angle.sin().abs()
+    """Turn each point by a multiple of 1/n of a circle to within 180/n degrees of the x axis; y >= 0."""
+    angle = torch.remainder(atan2(y, x) + pi / n, 2 * pi / n) - pi / n
+    return hypot(x, y) * angle.cos(), hypot(x, y) * angle.sin().abs()
 
 
 def _box(x: Tensor, y: Tensor, width: float = 0.85, height: float = 0.85) -> Tensor:
-    return torch.maximum(x.abs() - width, y.abs() - height)
+    return maximum(x.abs() - width, y.abs() - height)
 
 
-# How far a point is outside a shape of radius about 1 (negative: inside), to first order; x to the right, y down.
+# How far a point is outside a shape of radius about 1 (negative: inside), to first order; x right, y down
 _SHAPES = {
-    "circle": lambda x, y: torch.hypot(x, y) - 0.95,
+    "circle": lambda x, y: hypot(x, y) - 0.95,
     "square": lambda x, y: _box(x, y),
     "triangle": lambda x, y: _fold(y, x, 3)[0] - 0.55,
     "star": lambda x, y: _fold(-y, x, 5)[0] * 0.6 + _fold(-y, x, 5)[1] * 0.8 - 0.6,
-    "cross": lambda x, y: torch.minimum(_box(x, y, 1, 0.3), _box(x, y, 0.3, 1)),
-    "ring": lambda x, y: (torch.hypot(x, y) - 0.75).abs() - 0.2,
+    "cross": lambda x, y: minimum(_box(x, y, 1, 0.3), _box(x, y, 0.3, 1)),
+    "ring": lambda x, y: (hypot(x, y) - 0.75).abs() - 0.2,
     "frame": lambda x, y: _box(x, y, 0.7, 0.7).abs() - 0.17,
-    "heart": lambda x, y: torch.minimum((x.abs() + y.abs() - 0.8) * 0.7, torch.hypot(x.abs() - 0.4, y + 0.4) - 0.56),
-    "moon": lambda x, y: torch.maximum(torch.hypot(x, y) - 1, 0.85 - torch.hypot(x - 0.5, y)),
-    "arrow": lambda x, y: torch.minimum(_box(x + 0.4, y, 0.6, 0.22), torch.maximum(0.1 - x, (x + y.abs() - 1) * 0.7)),
-    "hourglass": lambda x, y: torch.maximum((x.abs() - y.abs()) * 0.7, y.abs() - 0.9),
-    "flower": lambda x, y: (torch.hypot(x, y) - 0.7 - 0.3 * (6 * torch.atan2(y, x)).cos()) * 0.5,
-    "wave": lambda x, y: torch.maximum(((y - 0.4 * (5 * x).sin()).abs() - 0.25) * 0.6, x.abs() - 1),
-    "spiral": lambda x, y: torch.maximum((torch.atan2(y, x) - 9 * torch.hypot(x, y)).cos() / 9, torch.hypot(x, y) - 1),
-    "stripes": lambda x, y: torch.maximum(-(9 * x).cos() / 9, _box(x, y, 0.87, 0.87)),
-    "checkerboard": lambda x, y: torch.maximum((7.4 * x).sin() * (7.4 * y).sin() / 7.4, _box(x, y, 0.82, 0.82)),
+    "heart": lambda x, y: minimum((x.abs() + y.abs() - 0.8) * 0.7, hypot(x.abs() - 0.4, y + 0.4) - 0.56),
+    "moon": lambda x, y: maximum(hypot(x, y) - 1, 0.85 - hypot(x - 0.5, y)),
+    "arrow": lambda x, y: minimum(_box(x + 0.4, y, 0.6, 0.22), maximum(0.1 - x, (x + y.abs() - 1) * 0.7)),
+    "hourglass": lambda x, y: maximum((x.abs() - y.abs()) * 0.7, y.abs() - 0.9),
+    "flower": lambda x, y: (hypot(x, y) - 0.7 - 0.3 * (6 * atan2(y, x)).cos()) * 0.5,
+    "wave": lambda x, y: maximum(((y - 0.4 * (5 * x).sin()).abs() - 0.25) * 0.6, x.abs() - 1),
+    "spiral": lambda x, y: maximum((atan2(y, x) - 9 * hypot(x, y)).cos() / 9, hypot(x, y) - 1),
+    "stripes": lambda x, y: maximum(-(9 * x).cos() / 9, _box(x, y, 0.87, 0.87)),
+    "checkerboard": lambda x, y: maximum((7.4 * x).sin() * (7.4 * y).sin() / 7.4, _box(x, y, 0.82, 0.82)),
 }
 TOY_CLASSES = list(_SHAPES)
 
 
-def toy_pictures(per_class: int, seed: int = 0, domain: str = "target", size: int = 48) -> tuple[Tensor, Tensor]:
-    """Shapes drawn by code: two domains with the same classes, so that a model of the one has something to adapt to.
+def toy_pictures(per_class: int, seed: int = 0, domain: str = "target", size: int = 48,
+                 ) -> tuple[Tensor, Tensor]:
+    """Shapes drawn by code: two domains with the same classes, so that there is something to adapt to.
 
     domain: "source", any colour on plain ground of another, or "target": grey, pale, dark on light, blurred,
     on cloudy and noisy ground. The same seed gives the same pictures.
-    Returns (N, 3, size, size) uint8 and labels (N,) int64, N = per_class pictures of each of TOY_CLASSES in turn.
+    Returns (N, 3, size, size) uint8 and labels (N,) int64: per_class pictures of each of TOY_CLASSES in turn.
     """
     chance = torch.Generator().manual_seed(seed)
     n = per_class * len(TOY_CLASSES)
@@ -445,16 +892,17 @@ def toy_pictures(per_class: int, seed: int = 0, domain: str = "target", size: in
         return low + (high - low) * torch.rand(n, *shape, generator=chance)
 
     radius, turn = uniform(0.28, 0.42, 1, 1), uniform(-0.4, 0.4, 1, 1)    # of the picture's side; radians
-    place = (0.5 - radius)[..., None] * uniform(-1, 1, 1, 1, 2) + 0.5      # (n, 1, 1, 2): all but corners inside
+    place = (0.5 - radius)[..., None] * uniform(-1, 1, 1, 1, 2) + 0.5  # (n, 1, 1, 2): all but corners inside
     grid = (torch.arange(size) + 0.5) / size
-    x, y = (grid - place[..., 0]) / radius, (grid[:, None] - place[..., 1]) / radius              # (n, 1, S), (n, S, 1)
+    x, y = (grid - place[..., 0]) / radius, (grid[:, None] - place[..., 1]) / radius   # (n, 1, S), (n, S, 1)
     x, y = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()                       # (n, S, S)
-    outside = torch.cat([shape(u, v) for shape, u, v in zip(_SHAPES.values(), x.split(per_class), y.split(per_class))])
-    inside = (0.5 - outside * radius * size).clamp(0, 1)[:, None]          # (n, 1, S, S), a soft edge one pixel wide
+    points = zip(_SHAPES.values(), x.split(per_class), y.split(per_class))
+    outside = torch.cat([shape(u, v) for shape, u, v in points])
+    inside = (0.5 - outside * radius * size).clamp(0, 1)[:, None]  # (n, 1, S, S), a soft edge, one pixel
 
     if domain == "source":
         ground = uniform(0, 1, 3, 1, 1)                                    # (n, 3, 1, 1)
-        shape = torch.remainder(ground + uniform(0.3, 0.7, 3, 1, 1), 1)    # at least 0.3 away in every channel
+        shape = torch.remainder(ground + uniform(0.3, 0.7, 3, 1, 1), 1)    # 0.3 away or more in every channel
         pictures = ground + inside * (shape - ground)
     else:
         cloud = F.interpolate(uniform(-1, 1, 1, 6, 6), size=(size, size), mode="bicubic", align_corners=False)

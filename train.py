@@ -1,300 +1,545 @@
-"""Few-shot adaptation of CLIP to far-away domains: ATHA, TIR, SVL + RA on CLIP-LoRA.
+"""Few-shot adaptation of CLIP to far-away domains: ATHA, TIR, SVL + RA on CLIP-LoRA, CoOp and MaPLe.
 
   python train.py --dataset toy --shot 1          no download, no GPU, a minute or two on two cores
-  python train.py --dataset eurosat --shot 1      the real thing: ATHA, 800 episodes, everything fetched at need
+  python train.py --dataset eurosat --shot 1      the real thing: ATHA, 800 episodes, fetched at need
   python train.py --dataset all --shot 1 5 --method all          the papers' tables
+  python train.py --dataset dtd --split --shot 16 --method clip-lora             all classes, whole test split
+  python train.py --dataset eurosat --method mine.py:Mine        a method of your own
   python train.py --fit FOLDER --save mine.safetensors           your own pictures
   python train.py --predict mine.safetensors PICTURES
+  python train.py --export mine.safetensors OUT                  for transformers, open_clip, peft
   python train.py --help                          everything else
 
 In a program, `adapt` is the whole of training in one function.
 """
 from __future__ import annotations
 
-import argparse, copy, fcntl, gc, glob, json, os, sys, tempfile, time
-from collections.abc import Callable, Sequence
+import argparse
+import copy
+import gc
+import glob
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import time
+if __name__ == "__main__":                       # Ctrl-C while torch is being imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
+from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import to_pil_image
 
 import clip_min
 import data
-from atha import (ATHA, Between, LoRA, Probe, add_lora, compare, draw_patches, gap_shift, linear_cka, modality_gap, per_image,
-                  probe_table, ra_loss, svl_loss, text_to_tokens, tir_step)
+from atha import (PARTS, Hook, LoRA, Part, Probe, Step, compare, draw_patches, gap_shift, linear_cka,
+                  modality_gap, probe_table)
 from clip_min import CLIP, Tokenizer, save
-from data import DATASETS, DataError, Pool, decode, generator, plain, support_batches
+from data import DATASETS, Batches, DataError, Pool, Task, decode, generator, printable, progress
 
 
 class UsageError(Exception):
     """A request that cannot be met; the message is one line for the user."""
 
 
-# -------------------------------------------------------------------------------------------- methods and recipes
+# ---------------------------------------------------------------------------------------- recipes and methods
 
-METHODS = {    # what each switches on
-    "zero-shot": set(), "clip-lora": {"lora"},
-    "atha": {"lora", "pull", "push"}, "atha-pull": {"lora", "pull"}, "atha-push": {"lora", "push"},
-    "tir": {"lora", "inhibit", "enhance"}, "tir-inhibit": {"lora", "inhibit"}, "tir-enhance": {"lora", "enhance"},
-    "svl": {"lora", "svl", "ra"}, "svl-only": {"lora", "svl"}, "ra-only": {"lora", "ra"},
-}
-
-
-def switches(method: str) -> set[str]:
-    """What a method, or several joined with +, switches on. Raises UsageError."""
-    parts = method.split("+")
-    for part in parts:
-        if part not in METHODS or (part == "zero-shot" and len(parts) > 1):
-            raise UsageError(f"unknown method {method!r}: choose from {', '.join(METHODS)}, or join some with +")
-    return set().union(*(METHODS[part] for part in parts))
-
-
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
+def option(groups: str, default, text: str, low: float = 0, high: float = 1e300, choices: Sequence[str] = ()):
+    """A field of Recipe: the parts that read it (or `all`), its default, what it is, and what it may be."""
+    return field(default=default, metadata={"groups": groups.split(), "help": text, "low": low, "high": high,
+                                            "choices": choices})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every hyper-parameter; the defaults are the papers'. Block numbers are given for towers of 12 blocks."""
-    steps: int = option(100, "training steps of an episode")
-    scale: float = option(100.0, "logits are this times the cosine")
-    lr: float = option(2e-4, "learning rate of LoRA's AdamW")
-    weight_decay: float = option(1e-2, "weight decay of AdamW")
-    cosine: bool = option(False, "cosine schedule towards 1e-6 over 8 x steps")
-    augment: str = option("crop", "support pictures: none (257 -> 224 centre crop), crop (random crop and flip), views (five fixed views)")
-    minibatch: int = option(0, "pictures a step, shuffled; 0: all of them")
-    prompt: str = option("a photo of a {}.", "text of a class, {} is its name")
-    rank: int = option(16, "rank of LoRA")
-    lora_alpha: float = option(8.0, "LoRA is scaled by lora-alpha / sqrt(rank)")
-    dropout: float = option(0.25, "dropout on LoRA's input")
-    text_lora: bool = option(False, "LoRA in the text tower too")
-    context: int = option(0, "learned CoOp context vectors in place of the prompt's first tokens")
-    context_lr: float = option(2e-3, "learning rate of the context's SGD")
-    text_block: int = option(-1, "text block whose output gives the tokens their class texts; -1: the last")
-    text_to_tokens: str = option("paper", "class texts to token space by the paper's or the released formula")
-    rho: float = option(0.1, "ATHA: share of head tokens")
-    gamma: float = option(0.1, "ATHA: share of tail tokens")
-    alpha: float = option(0.8, "ATHA: first pull, at alpha-block alone")
-    alpha_block: int = option(8, "ATHA: block whose pull starts at alpha")
-    beta: float = option(0.01, "ATHA: first push, at every block")
-    token_lr: float = option(1e-3, "ATHA: learning rate of alpha and beta")
-    copy_cls: bool = option(False, "ATHA: before every block a copy of [CLS] joins the tokens")
-    sgd: bool = option(False, "ATHA: alpha and beta by SGD, not AdamW")
-    tir_blocks: tuple[int, ...] = option((8, 10), "TIR: blocks before which tokens are weighed")
-    tir_top: float = option(0.3, "TIR: share of tokens that a class marks")
-    svl_weight: float = option(0.1, "SVL: weight of its loss")
-    ra_weight: float = option(3.0, "RA: weight of its loss")
-    ra: str = option("paper", "RA: the paper's or the released formula")
-    extra_share: float = option(0.6, "SVL and RA act in this first share of the steps")
+    """Every hyper-parameter; defaults are the papers'. Block numbers are given for towers of 12 blocks."""
+    # every method, and zero-shot
+    prompt: str = option("all", "a photo of a {}.", "text of a class, {} is its name")
+    scale: float = option("all", 100.0, "logits are this times the cosine")
+    augment: str = option("all", "crop", "support pictures: none (257 -> 224 centre crop), crop (random "
+                          "crop and flip), views (five fixed views)", choices=("none", "crop", "views"))
+    # training
+    tune: str = option("training", "clip-lora", "ways to tune, joined with +, where the method names none")
+    steps: int = option("training", 100, "training steps of an episode", low=1)
+    minibatch: int = option("training", 0, "pictures a step, shuffled; 0: all of them")
+    weight_decay: float = option("training", 1e-2, "weight decay of AdamW")
+    cosine: float = option("training", 0.0, "cosine schedule to 1e-6 over so many times the steps; 0: none")
+    crop_area: float = option("training", 0.5, "smallest area of a random crop", high=1)
+    bicubic: bool = option("training", False, "random crops are resampled bicubic, not bilinear")
+    # CLIP-LoRA
+    lr: float = option("cliplora", 2e-4, "learning rate of its AdamW")
+    rank: int = option("cliplora", 16, "rank", low=1, high=4096)
+    lora_alpha: float = option("cliplora", 8.0, "scaled by lora-alpha / sqrt(rank)")
+    dropout: float = option("cliplora", 0.25, "dropout on its input", high=1)
+    text_lora: bool = option("cliplora", False, "in the text tower too")
+    # CoOp
+    context: int = option("coop", 4, "learned vectors in place of the prompt's first tokens", low=1, high=999)
+    context_lr: float = option("coop", 2e-3, "learning rate of its SGD")
+    # MaPLe
+    maple_prompts: int = option("maple", 2, "prompt vectors a block", low=1, high=999)
+    maple_depth: int = option("maple", 9, "so many of the first blocks get them", low=1, high=999)
+    maple_lr: float = option("maple", 3.5e-3, "learning rate of its SGD")
+    # ATHA
+    rho: float = option("atha", 0.1, "share of head tokens", high=1)
+    gamma: float = option("atha", 0.1, "share of tail tokens", high=1)
+    alpha: float = option("atha", 0.8, "first pull, at alpha-block alone", low=-1e300)
+    alpha_block: int = option("atha", 8, "block whose pull starts at alpha", high=11)
+    beta: float = option("atha", 0.01, "first push, at every block", low=-1e300)
+    token_lr: float = option("atha", 1e-3, "learning rate of pull and push")
+    sgd: bool = option("atha", False, "pull and push by SGD, not AdamW")
+    copy_cls: bool = option("atha", False, "before every block a copy of [CLS] joins the tokens")
+    text_to_tokens: str = option("atha", "paper", "formula of class texts in token space",
+                                 choices=("paper", "released"))
+    text_block: int = option("atha tir", -1, "text block that gives the tokens' class texts; -1: the last",
+                             low=-1, high=11)
+    # TIR
+    tir_blocks: tuple[int, ...] = option("tir", (8, 10), "blocks before which tokens are weighed", high=11)
+    tir_top: float = option("tir", 0.3, "share of tokens that a class marks", high=1)
+    tir_rule: str = option("tir", "linear", "linear in the number of classes that mark a token, or simple: "
+                           "only sinks and specific tokens are weighed", choices=("linear", "simple"))
+    # SVL, RA and LV
+    extra_share: float = option("svl ra lv", 0.6, "share of the steps in which the loss acts", high=1)
+    extra_last: bool = option("svl ra lv", False, "the last steps, not the first")
+    svl_weight: float = option("svl", 0.1, "weight of the loss")
+    ra_weight: float = option("ra", 3.0, "weight of the loss")
+    ra: str = option("ra", "paper", "formula of the loss", choices=("paper", "released"))
+    lv_weight: float = option("lv", 0.1, "weight of the loss")
 
 
-_released_atha = Recipe(scale=2.0, augment="none", text_lora=True, context=4, text_block=10, text_to_tokens="released",
-                        rho=0.3, gamma=0.2, alpha_block=6, beta=0.0, copy_cls=True, sgd=True, ra="released")
+RELEASED_ATHA = Recipe(
+    tune="clip-lora+coop", text_lora=True, scale=2.0, augment="none", text_block=10,
+    text_to_tokens="released", rho=0.3, gamma=0.2, alpha_block=6, beta=0.0, copy_cls=True, sgd=True,
+    ra="released")
 RECIPES = {    # at 1 shot; recipe_for knows what depends on the shot
     "paper": Recipe(),
-    "released-atha": _released_atha,
-    "released-svl": replace(_released_atha, scale=100.0, augment="views", text_lora=False, context=0, steps=250, cosine=True),
+    "released-atha": RELEASED_ATHA,
+    "released-svl": replace(RELEASED_ATHA, tune="clip-lora", text_lora=False, scale=100.0, augment="views",
+                            steps=250, cosine=8.0),
+    "clip-lora-fsl": Recipe(text_lora=True, rank=2, lora_alpha=1.0, steps=500, minibatch=32, cosine=1.0,
+                            crop_area=0.08, bicubic=True),
 }
+METHODS = ["zero-shot", *dict.fromkeys(name for part in PARTS for name in part.names)]
+
+
+@cache
+def own_part(place: str) -> type[Part]:
+    """The class of a user's own method, "FILE.py:NAME". Raises UsageError."""
+    file, _, name = place.rpartition(":")
+    try:
+        sys.path.append(str(Path(file).resolve().parent))         # for what it imports from beside it
+        part = runpy.run_path(file)[name]
+        if not issubclass(part, Part):
+            raise TypeError(f"{name} is not a subclass of atha.Part")
+        if taken := [f.name for f in fields(Recipe) if f.name in part.fields]:
+            raise TypeError(f"{name}'s field {taken[0]} is one of Recipe already")
+    except Exception as e:                                      # it is the user's code: anything may be wrong
+        raise UsageError(f"--method {place}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    return part
+
+
+def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]:
+    """What a method, or several joined with +, switches on, with the sides of each, in the order of acting.
+
+    tune: the ways to tune where the method names none, or clip-lora alone. Raises UsageError.
+    """
+    on = {}
+    for name in method.split("+") if method != "zero-shot" else ():
+        named = [own_part(name)] if ":" in name else [part for part in PARTS if name in part.names]
+        if not named:
+            known = f"choose from {', '.join(METHODS)}, FILE.py:NAME, or join some with +"
+            raise UsageError(f"unknown method {method!r}: {known}")
+        for part in named:
+            on[part] = on.get(part, set()) | part.names.get(name, set())
+    if on and tune and not any(part.tunes and "clip-lora" not in part.names for part in on):
+        on = parts_of(tune, tune="") | on
+    return {part: on[part] for part in [*PARTS, *on] if part in on}
+
+
+def extended(recipe: Recipe, on: Iterable[type[Part]]) -> Recipe:
+    """The recipe with the fields that parts of the user's own add; those of one name are one."""
+    new = {name: (name, type(default), option(part.__name__.lower(), default, text, low=-1e300))
+           for part in on for name, (default, text) in part.fields.items() if not hasattr(recipe, name)}
+    if not new:
+        return recipe
+    return make_dataclass("Recipe", new.values(), bases=(type(recipe),), frozen=True)(**asdict(recipe))
 
 
 def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "") -> Recipe:
-    """The recipe as it stands for a method, a shot and a dataset; `released` is the trainer that the method came with."""
+    """A recipe for a method, a shot and a dataset; `released` is the trainer that the method came with."""
+    on = parts_of(method)
+    kinds = {part.__name__ for part in on}
     if name == "released":
-        name = "released-svl" if method.startswith(("svl", "ra-")) else "released-atha"
+        from_svl = kinds & {"SVL", "RA", "LV"} and not kinds & {"ATHA", "TIR"}
+        name = "released-svl" if from_svl else "released-atha"
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}, released")
     recipe = RECIPES[name]
     if name == "released-atha" and shot > 1:
         recipe = replace(recipe, scale=4.0)
-    if name == "released-svl" and switches(method) <= {"lora"}:          # that trainer's own baseline: 250 steps whatever the shot
+    if name == "released-svl" and all(part.tunes for part in on):     # its own baseline, whatever the shot
         recipe = replace(recipe, minibatch=25)
     elif name == "released-svl":
         recipe = replace(recipe, steps=recipe.steps * shot // (2 if dataset == "chestx" else 1))
+    if name == "clip-lora-fsl":
+        recipe = replace(recipe, steps=recipe.steps * shot)
+    return extended(recipe, on)
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """The recipe, if every field is of its kind and within its limits. Raises UsageError naming the flag."""
+    for f in fields(recipe):
+        value, kind, m = getattr(recipe, f.name), type(f.default), f.metadata
+        several = type(value) is tuple is kind
+        kinds = (int,) if several else (kind, int) if kind is float else (kind,)
+        limited, high = {int, float} & {*kinds}, m["high"] if float in kinds else min(m["high"], 2 ** 31 - 1)
+        what = f"a number from {m['low']:g} to {high:g}" if limited else f"a {kind.__name__}"
+        what = f"one of {', '.join(m['choices'])}" if m["choices"] else what
+        for one in value if several else (value,):
+            fits = type(one) in kinds and (not limited or m["low"] <= one <= high)
+            if not fits or m["choices"] and one not in m["choices"]:
+                raise UsageError(f"--{f.name.replace('_', '-')} {one!r} is not {what}")
+    if "{}" not in recipe.prompt:
+        raise UsageError(f"--prompt {recipe.prompt!r} has no {{}}, where the class name goes")
+    parts_of(recipe.tune)
     return recipe
 
 
-# ----------------------------------------------------------------------------------------------------- adaptation
+def fields_of(recipe: Recipe, method: str) -> dict[str, object]:
+    """What of the recipe a method reads: two runs are alike if these are."""
+    on = parts_of(method, recipe.tune)
+    read = {"all", "training"} if on else {"all"}
+    read |= {cls.__name__.lower() for part in on for cls in part.__mro__}
+    return {f.name: getattr(recipe, f.name) for f in fields(recipe) if read & set(f.metadata["groups"])}
 
-def share_weights(clip: CLIP) -> CLIP:
-    """A second CLIP over the same, frozen, tensors: what is wrapped or learned in it leaves the first alone."""
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in clip.parameters()}
-    return copy.deepcopy(clip, memo)                                     # takes what is in memo as copied; detach shares the numbers
 
+# ------------------------------------------------------------------------------------------------- adaptation
 
-def at_depth(block: int, layers: int) -> int:
-    """A block number given for 12 blocks, in a tower of `layers`."""
-    return block * layers // 12
+def share_weights(backbone: CLIP) -> CLIP:
+    """A second backbone over the same, frozen, tensors: what is learned in it leaves the first alone."""
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in backbone.parameters()}
+    return copy.deepcopy(backbone, memo)                          # takes what is in memo as copied
 
 
 class Learner(nn.Module):
-    """CLIP with what E episodes learn: adapters, ATHA's alpha and beta, the context. token_ids (E, N, context)."""
+    """A backbone with what E episodes learn on it, in `parts`. token_ids (E, N, context)."""
 
-    def __init__(self, clip: CLIP, token_ids: Tensor, method: str, recipe: Recipe):
+    def __init__(self, backbone: CLIP, token_ids: Tensor, method: str, recipe: Recipe):
         super().__init__()
-        self.on, self.recipe, self.clip = switches(method), recipe, share_weights(clip)
-        self.token_ids = token_ids[..., : int(token_ids.argmax(-1).max()) + 1]       # the text tower is causal: nothing after the end counts
-        episodes, device = len(token_ids), token_ids.device
-        vision, text, layers = self.clip.visual, self.clip.transformer, clip.config.vision_layers
-        self.context = self.atha = self.inverse = None
-        if "lora" in self.on:
-            for tower in (vision, text) if recipe.text_lora else (vision,):
-                add_lora(tower, recipe.rank, recipe.lora_alpha, recipe.dropout, episodes)
-            if recipe.context:
-                replaced = self.token_ids[:, :, 1: 1 + recipe.context]
-                if replaced.shape[-1] < recipe.context or (replaced != replaced[:, :1]).any():
-                    raise UsageError(f"the {recipe.context} context vectors would replace class names: give a --prompt with as many tokens before {{}}, or --context 0")
-                context = clip.token_embedding(self.token_ids[:, 0, 1: 1 + recipe.context]).float()
-                self.context = nn.Parameter(context.detach().clone())                # (E, context, D)
-        if self.on & {"pull", "push"}:
-            self.atha = ATHA(layers, episodes, recipe.alpha, at_depth(recipe.alpha_block, layers), recipe.beta,
-                             recipe.rho, recipe.gamma, "pull" in self.on, "push" in self.on, recipe.copy_cls).to(device)
-            if recipe.text_to_tokens == "released":
-                self.inverse = torch.linalg.pinv(vision.proj.float()).to(vision.proj.dtype)
-        self.losses = torch.zeros(0, episodes)
-
-    def lora(self) -> dict[str, LoRA]:
-        return {name: module for name, module in self.clip.named_modules() if isinstance(module, LoRA)}
+        on = parts_of(method, recipe.tune)
+        self.recipe, self.backbone = extended(recipe, on), share_weights(backbone)
+        self.token_ids = backbone.trim(token_ids)
+        try:
+            self.parts = nn.ModuleList(part(self.backbone, self.token_ids, self.recipe, sides)
+                                       for part, sides in on.items())
+        except ValueError as e:
+            raise UsageError(str(e)) from e
+        if any(p.needs_vision for p in self.parts) and not any(p.learns_vision for p in self.parts):
+            raise UsageError(f"{method}: its loss acts on picture features, and "
+                             "nothing that shapes them learns")
+        self.learns_text = any(part.learns_text for part in self.parts)
+        self.names = [name for name, p in self.named_parameters() if p.requires_grad]
+        self.losses = torch.zeros(0, len(token_ids))
 
     def learned(self) -> dict[str, Tensor]:
         """What training changed, by name."""
-        return {name: t for name, t in self.state_dict().items() if name.endswith((".A", ".B")) or name.startswith(("atha.", "context"))}
+        return {name: p.detach().contiguous() for name, p in self.named_parameters() if name in self.names}
 
-    def texts(self) -> tuple[Tensor, Tensor]:
-        """Class texts (E, N, embed), not normalised: for the logits, and for the tokens (of text_block)."""
-        ids, outputs = self.token_ids.flatten(0, 1), {}                              # (E*N, T)
+    def text(self) -> tuple[Tensor, Tensor]:
+        """Class texts (E, N, embed): of unit length for logits; for tokens, of text_block, as they come."""
+        ids, early = self.token_ids.flatten(0, 1), {}                    # ids: (E*N, T)
+        block = self.recipe.text_block * self.backbone.config.text_layers // 12            # negative: last
 
-        def between(x: Tensor, layer: int) -> Tensor:                                # x: (E*N, T, D)
-            if layer == 0 and self.context is not None:
-                n = self.context.shape[1]
-                context = per_image(self.context, len(x)) + self.clip.positional_embedding[1: 1 + n]
-                x = torch.cat([x[:, :1], context.to(x.dtype), x[:, 1 + n:]], 1)
-            outputs[layer - 1] = x                                                   # of the block before; none comes after the last
+        def hook(x: Tensor, layer: int) -> Tensor:                       # x: (E*N, T, D)
+            if layer and layer == block + 1:
+                early[block] = x
+            for part in self.parts:
+                x = part.text_hook(x, layer)
             return x
-        final = self.clip.encode_text(ids, between)
-        block = at_depth(self.recipe.text_block, self.clip.config.text_layers)
-        early = self.clip.read_text(outputs[block], ids) if 0 <= block and block in outputs else final
-        return final.unflatten(0, self.token_ids.shape[:2]), early.unflatten(0, self.token_ids.shape[:2])
+        final = self.backbone.encode_text(ids, hook)
+        token_text = self.backbone.read_text(early[block], ids) if block in early else final
+        final, token_text = (text.unflatten(0, self.token_ids.shape[:2]) for text in (final, token_text))
+        return F.normalize(final.float(), dim=-1), token_text
 
-    def between(self, token_texts: Tensor) -> Between:
-        """The methods' hook for class texts (E, N, embed)."""
-        r, vision, hooks = self.recipe, self.clip.visual, []
-        if self.atha is not None:
-            hooks.append(self.atha.between(text_to_tokens(token_texts, vision.proj, vision.ln_post, r.text_to_tokens, self.inverse)))
-        if self.on & {"inhibit", "enhance"}:
-            blocks = {at_depth(block, self.clip.config.vision_layers) for block in r.tir_blocks}
-            hooks.append(lambda tokens, layer: tokens if layer not in blocks else tir_step(
-                tokens, token_texts, vision.ln_post, vision.proj, r.tir_top, "inhibit" in self.on, "enhance" in self.on))
+    def hook(self, token_text: Tensor, probe: Hook | None = None) -> Hook:
+        """All vision hooks as one, for class texts (E, N, embed); a probe sees the tokens first."""
+        hooks = [probe, *(part.vision_hook(token_text) for part in self.parts)]
 
-        def between(tokens: Tensor, layer: int) -> Tensor:
-            for hook in hooks:
-                tokens = hook(tokens, layer)
+        def hook(tokens: Tensor, layer: int) -> Tensor:
+            for one in filter(None, hooks):
+                tokens = one(tokens, layer)
             return tokens
-        return between
+        for part in self.parts:
+            hook = part.enclose(hook)
+        return hook
 
-    def features(self, images: Tensor, between: Between, chunk: int = 0) -> Tensor:
-        """(E, B, 3, S, S) -> unit features (E, B, embed) float32; at most `chunk` images an episode are kept for backward."""
+    def prepare(self, images: Tensor) -> Tensor:
+        """Pictures (..., 3, S, S) uint8 -> (..., 3, size, size) normalised for this backbone and recipe."""
+        b, centre = self.backbone, self.recipe.augment == "none"
+        return data.plain(images, b.config.image, centre=centre, mean=b.mean, std=b.std)
+
+    def features(self, images: Tensor, hook: Hook, chunk: int = 0) -> Tensor:
+        """(E, B, 3, S, S) -> unit features (E, B, embed) float32; backward keeps `chunk` an episode."""
         def encode(part: Tensor) -> Tensor:
-            return self.clip.visual(part.flatten(0, 1), between).unflatten(0, part.shape[:2])
-        if chunk and chunk < images.shape[1]:
-            return F.normalize(torch.cat([checkpoint(encode, p, use_reentrant=False) for p in images.split(chunk, 1)], 1).float(), dim=-1)
-        return F.normalize(encode(images).float(), dim=-1)
+            return self.backbone.visual(part.flatten(0, 1), hook).unflatten(0, part.shape[:2])
+        if not chunk or chunk >= images.shape[1]:
+            return F.normalize(encode(images).float(), dim=-1)
+        parts = [checkpoint(encode, part, use_reentrant=False) for part in images.split(chunk, 1)]
+        return F.normalize(torch.cat(parts, 1).float(), dim=-1)
+
+    @cached_property
+    def text_and_hook(self) -> tuple[Tensor, Hook]:
+        """Class texts of unit length and the hook, once nothing is learned any more."""
+        text, token_text = self.eval().text()
+        return text, self.hook(token_text)
 
     @torch.no_grad()
     def logits(self, images: Tensor, chunk: int = 25) -> Tensor:
         """(E, Q, 3, S, S) normalised -> (E, Q, N) float32, scale times the cosine."""
-        self.eval()
-        final, token_texts = self.texts()
-        between = self.between(token_texts)
-        features = torch.cat([self.features(part, between) for part in images.split(chunk, 1)], 1)
-        return self.recipe.scale * features @ F.normalize(final.float(), dim=-1).mT
+        text, hook = self.text_and_hook
+        return self.recipe.scale * self.features(images, hook, chunk) @ text.mT
 
 
-def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method: str = "atha", recipe: Recipe | str = "paper", *,
-          batches: Callable[[int], tuple[Tensor, Tensor]] | None = None, seeds: Sequence[object] | None = None,
-          lora_A: dict[str, Tensor] | None = None, picks: Tensor | None = None, chunk: int = 0, compile: bool = False) -> Learner:
-    """Fine-tune E episodes in one batch, each as it would be alone but for dropout's masks; clip itself is left as it was.
+class Steps:
+    """What the steps see of a support set (E, M, 3, S, S): all, or what `batches(number)` gives."""
 
-    support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> Learner with .losses (steps, E) and .logits.
-    batches(step): the step's pictures (E, B, 3, S, S) and labels (E, B), the same whenever asked, default the support set.
-    Chance: seeds (one an episode) draw LoRA's first A and SVL's picks; or give lora_A {module name: (rank, in) or
-    (E, rank, in)} and picks (steps, N) or (steps, E, N), rows of the step's pictures. Dropout uses torch's own generator.
+    def __init__(self, support: Tensor, labels: Tensor, batches: Callable | None):
+        self.batches, self.plain = batches, lambda number: (support, labels)
+        of_first = self(0)[1]                                            # (E, B)
+        self.shown = of_first.shape[1]
+        self.all = torch.arange(self.shown, device=labels.device).expand(len(of_first), -1)
+
+    def __call__(self, number: int) -> tuple[Tensor, Tensor]:
+        return (self.batches or self.plain)(number)
+
+    def rows(self, number: int) -> Tensor:
+        return self.all
+
+
+def optimizers_of(learner: Learner) -> tuple[list, list]:
+    """AdamW and SGD over what the parts learn, and AdamW's cosine schedule; each list holds what there is."""
+    r, groups = learner.recipe, {"adamw": [], "sgd": []}
+    for kind, parameters, lr in (group for part in learner.parts for group in part.groups()):
+        groups[kind].append({"params": parameters, "lr": lr})
+    adamw = groups["adamw"] and [torch.optim.AdamW(groups["adamw"], weight_decay=r.weight_decay, fused=True)]
+    # momentum and decay are the released trainer's, and CoOp's and MaPLe's
+    sgd = groups["sgd"] and [torch.optim.SGD(groups["sgd"], momentum=0.9, weight_decay=5e-4)]
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    return adamw + sgd, [cosine(optimizer, r.cosine * r.steps, 1e-6) for optimizer in adamw if r.cosine]
+
+
+def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method: str = "atha",
+          recipe: Recipe | str = "paper", *, batches: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+          seeds: Sequence[object] | None = None, lora_A: dict[str, Tensor] | None = None,
+          picks: Tensor | None = None, chunk: int = 0, compile: bool = False) -> Learner:
+    """Fine-tune E episodes in one batch, each as if alone but for dropout's masks; clip itself is left alone.
+
+    support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> Learner with .losses
+    (steps, E) and .logits. method: as on the command line. recipe: a Recipe, or a name as there, for M / N
+    shots. batches(number): a step's pictures (E, B, 3, S, S) and labels (E, B), the same when asked again;
+    without, all. Chance: seeds (one an episode) draw first values and SVL's picks; or give lora_A
+    {module name: (rank, in) or (E, rank, in)} and picks (steps, N) or (steps, E, N), rows of the pictures.
+    Dropout uses torch's own.
     chunk: pictures an episode held for backward at once, 0 for all; the result is that of the full batch.
     """
-    recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    if isinstance(recipe, str):
+        recipe = recipe_for(recipe, method, shot=support.shape[1] // token_ids.shape[1])
     learner = Learner(clip, token_ids, method, recipe)
-    episodes, ways, device = len(support), token_ids.shape[1], support.device
-    if not learner.on:
+    if not learner.parts:
         return learner
-    if recipe.minibatch and "ra" in learner.on:
-        raise UsageError("--minibatch does not go with RA, which compares each step's pictures with those of the step before")
-    adapters = learner.lora()
-    generators = [generator("learner", seed) for seed in (range(episodes) if seeds is None else seeds)]
-    with torch.no_grad():
-        for name, adapter in adapters.items():
-            bound = adapter.A.shape[-1] ** -0.5
-            drawn = lora_A[name] if lora_A else torch.stack([torch.empty(adapter.A.shape[1:]).uniform_(-bound, bound, generator=g) for g in generators])
-            adapter.A.copy_(drawn.expand_as(adapter.A))
-    batches = batches or (lambda step: (support, labels))
-    rows = batches(0)[0].shape[1]
-    if picks is None:
-        picks = torch.stack([torch.randint(rows, (recipe.steps, ways), generator=g) for g in generators], 1)
-    picks = (picks[:, None] if picks.dim() == 2 else picks).expand(-1, episodes, -1).to(device)   # (steps, E, N)
+    batches = batches if isinstance(batches, Batches) else Steps(support, labels, batches)
+    generators = [generator("learner", seed) for seed in (range(len(token_ids)) if seeds is None else seeds)]
+    for part in learner.parts:
+        part.draw(generators, batches.rows(0).shape[1], {"lora_A": lora_A, "picks": picks})
+    optimizers, schedules = optimizers_of(learner)
     if compile:
-        for block in learner.clip.visual.transformer.resblocks:                      # one graph serves all blocks
+        for block in learner.backbone.visual.transformer.resblocks:              # one graph serves all blocks
             block.compile()
 
-    lora_parameters = [p for adapter in adapters.values() for p in (adapter.A, adapter.B)]
-    token_group = {"params": [p for p in (learner.atha.parameters() if learner.atha else ()) if p.requires_grad], "lr": recipe.token_lr}
-    context_group = {"params": [p for p in (learner.context,) if p is not None], "lr": recipe.context_lr}
-    adamw = torch.optim.AdamW([{"params": lora_parameters}, *([] if recipe.sgd else [token_group])], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    # momentum and decay are the released trainer's, for the context and (recipe.sgd) alpha and beta
-    sgd = torch.optim.SGD([context_group, *([token_group] if recipe.sgd else [])], lr=recipe.token_lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 8 * recipe.steps, 1e-6) if recipe.cosine else None
-
     learner.train()
-    text_learns, texts = bool(recipe.text_lora or recipe.context), None
-    losses, relation, extra_steps = [], None, recipe.extra_share * recipe.steps
-    each = torch.arange(episodes, device=device)[:, None, None]
-    for step in range(recipe.steps):
-        images, wanted = batches(step)
-        if text_learns or texts is None:
-            with torch.set_grad_enabled(text_learns):
-                final, token_texts = learner.texts()
-                texts = F.normalize(final.float(), dim=-1)                           # (E, N, embed)
-        extra = learner.on & {"svl", "ra"} if step < extra_steps else set()
-        inputs = torch.cat([images, support], 1) if "ra" in extra else images
-        features = learner.features(inputs, learner.between(token_texts), chunk)     # (E, B [+ M], embed)
-        features, unchanged = features[:, : images.shape[1]], features[:, images.shape[1]:]
-        logits = recipe.scale * features @ texts.mT                                  # (E, B, N)
+    losses, text = [], None
+    for number in range(recipe.steps):
+        images, wanted = batches(number)                                             # (E, B, 3, S, S), (E, B)
+        plain, plain_labels = images[:, :0], wanted[:, :0]
+        if any(part.wants_plain(number) for part in learner.parts):
+            plain, plain_labels = batches.plain(number)                              # (E, K, 3, S, S), (E, K)
+        if text is None or learner.learns_text:
+            with torch.set_grad_enabled(learner.learns_text):
+                text, token_text = learner.text()                                    # (E, N, embed)
+        inputs = torch.cat([images, plain], 1) if plain.shape[1] else images
+        features = learner.features(inputs, learner.hook(token_text), chunk)         # (E, B + K, embed)
+        features, plain_features = features.split([images.shape[1], plain.shape[1]], 1)
+        logits = recipe.scale * features @ text.mT                                   # (E, B, N)
         loss = F.cross_entropy(logits.mT, wanted, reduction="none").mean(1)          # (E,)
-        if "svl" in extra:
-            loss = loss + recipe.svl_weight * svl_loss(features, wanted, picks[step], recipe.scale)
-        if "ra" in extra:
-            previous, relation = relation, features @ unchanged.mT                   # (E, B, M)
-            if previous is not None:
-                c = 1 - step / extra_steps
-                of_class = (texts @ texts.mT).detach()                               # (E, N, N)
-                of_text = of_class[each, wanted[..., None], labels[:, None]]         # (E, B, M)
-                loss = loss + recipe.ra_weight * ra_loss(relation, c * previous.detach() + (1 - c) * of_text, recipe.ra)
+        step = Step(number, features=features, labels=wanted, text=text, plain=plain_features,
+                    plain_labels=plain_labels, rows=batches.rows(number), total=batches.shown)
+        for part in learner.parts:
+            loss = loss + part.loss(step)
         loss.sum().backward()
-        for optimizer in (adamw, sgd):
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if schedule:
+        for schedule in schedules:
             schedule.step()
         losses.append(loss.detach())
     learner.losses = torch.stack(losses)
     return learner.requires_grad_(False)
 
 
-# -------------------------------------------------------------------------------------------------------- results
+# ----------------------------------------------------------------------------------------- memory, processes
 
-PAPER = {    # (method, shot) -> reported accuracies, %: isic, eurosat, cropdiseases, chestx, mean; one row a paper
+MEMORY = re.compile("out of ?memory|MemoryError|allocate memory|CUBLAS_STATUS_(ALLOC|NOT_)|HostAlloc", re.I)
+
+
+def halving(work: Callable[[int], object], at_once: int, what: str) -> tuple[object, int]:
+    """work(at_once), again with half as many while memory runs out; its result, and how many it was."""
+    while True:
+        try:
+            return work(at_once), at_once
+        except (RuntimeError, MemoryError) as e:
+            if not MEMORY.search(repr(e)):
+                raise
+        if at_once == 1:                                    # out here the traceback no longer holds the batch
+            raise UsageError(f"out of memory with one {what} at a time")
+        at_once //= 2
+        progress(f"out of memory: {at_once} {what}s at a time from here on", last=True)
+
+
+def ahead(call: Callable, items: Sequence) -> Iterator:
+    """call(item) for every item in turn, the next one in a thread while the last is being used."""
+    with ThreadPoolExecutor(1) as background:
+        coming = None
+        for item in items:
+            coming, ready = background.submit(call, item), coming
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process and the number of them, as torchrun sets them."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else (0, 1)
+
+
+def gathered(mine: object) -> list:
+    """What every process has, in the order of their ranks."""
+    everyone = [mine] * rank_and_size()[1]
+    if len(everyone) > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def pictures_at_once(backbone: CLIP, device: torch.device) -> int:
+    """How many pictures fit into free memory in training."""
+    c, size = backbone.config, backbone.visual.proj.element_size()
+    if device.type == "cuda":                                    # what PyTorch keeps in reserve is free to us
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        known = Path("/proc/meminfo")                        # where there is none, a small machine is assumed
+        found = re.search(r"MemAvailable:\s*(\d+)", known.read_text() if known.exists() else "")
+        free = 1024 * int(found[1]) if found else 4 * 2 ** 30
+    numbers = 15 if device.type == "cuda" else 30                  # measured: kept a token, block and channel
+    per_picture = numbers * size * c.vision_width * c.vision_layers * ((c.image // c.patch) ** 2 + 1)
+    return max(1, int(0.7 * free / per_picture))
+
+
+# -------------------------------------------------------------------------------------- a method on a dataset
+
+def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], context: int) -> Tensor:
+    """Token rows (C, context) of class names in the prompt, _ as a space. Raises UsageError for twins."""
+    rows, seen = tokenizer([prompt.replace("{}", name.replace("_", " ")) for name in names], context), {}
+    for name, row in zip(names, map(tuple, rows.tolist())):
+        if row in seen:
+            raise UsageError(f"classes {seen[row]!r} and {name!r} have the same text, so nothing can tell "
+                             f"them apart: rename one, or change the prompt {prompt!r}")
+        seen[row] = name
+    return rows
+
+
+def check_numbers(seeds: Sequence[tuple], found: Iterable[Tensor], message: str) -> None:
+    """Raises UsageError, with the episodes' numbers in its {}, where what was found is not finite."""
+    if broken := [str(number) for (*_, number), x in zip(seeds, found) if not x.isfinite().all()]:
+        raise UsageError(message.format(", ".join(broken)))
+
+
+@dataclass
+class Job:
+    """A method under a recipe, on a pool's pictures: trains and tries tasks of it. token_ids (C, context)."""
+    backbone: CLIP
+    pool: Pool
+    token_ids: Tensor
+    method: str
+    recipe: Recipe
+    compile: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.token_ids.device
+
+    def shown(self, task: Task) -> int:
+        """Pictures of a task that a step holds in memory."""
+        r, plain = self.recipe, len(task.support)
+        whole = plain * (5 if r.augment == "views" else 1)
+        wants_plain = any(part.wants_plain is not Part.wants_plain for part in parts_of(self.method, r.tune))
+        shown = min(r.minibatch or whole, whole)
+        return shown + wants_plain * min(plain, shown)
+
+    def learn(self, tasks: Sequence[Task], seeds: Sequence[tuple], told: Callable[[int], object] = int,
+              chunk: int = 0) -> Learner:
+        """Train tasks with equally many support pictures in one batch; told(step) is called before a step."""
+        r, b = self.recipe, self.backbone
+        support, labels = (torch.stack([task[i] for task in tasks]) for i in (1, 2))           # (E, M)
+        batches = Batches(self.pool.images, support, labels, size=b.config.image, steps=r.steps, seeds=seeds,
+                          augment=r.augment, minibatch=r.minibatch, area=r.crop_area, bicubic=r.bicubic,
+                          mean=b.mean, std=b.std, device=self.device, told=told)
+        torch.manual_seed(generator("dropout", *seeds[0]).initial_seed())        # the same masks when resumed
+        token_ids = self.token_ids[torch.stack([task.classes for task in tasks]).to(self.device)]
+        learner = adapt(b, *batches.plain(0), token_ids, self.method, r, batches=batches, seeds=seeds,
+                        chunk=chunk, compile=self.compile)
+        mend = "all input is dropped" if r.dropout == 1 else "lower --lr, or use --precision float32"
+        check_numbers(seeds, learner.losses[-1:].T, f"the loss is not a number in {{}}: {mend}")
+        return learner
+
+    def pictures(self, rows: Tensor) -> Tensor:
+        """Pictures (1 or E, n, 3, S, S) uint8 on the device; rows (E, n) that tasks share are copied once."""
+        images = self.pool.images[rows[:1] if rows.eq(rows[:1]).all() else rows]
+        images = images.pin_memory() if self.device.type == "cuda" else images
+        return images.to(self.device, non_blocking=True)
+
+    def logits(self, learner: Learner, tasks: Sequence[Task], told: Callable[[int], object] = int,
+               ) -> list[Tensor]:
+        """One (Q, N) a task, on the CPU, in passes that fit memory; told(n): queries that are done."""
+        rows = nn.utils.rnn.pad_sequence([task.query for task in tasks], batch_first=True)     # (E, Q)
+        passes = []
+        for images in ahead(self.pictures, rows.split(25, 1)):
+            images = learner.prepare(images).expand(len(tasks), -1, -1, -1, -1)
+            passes.append(learner.logits(images).cpu())
+            told(25 * len(passes))
+        return [logits[: len(task.query)] for logits, task in zip(torch.cat(passes, 1), tasks)]
+
+
+# ---------------------------------------------------------------------------------------------------- results
+
+PAPER = {    # (method, shot) -> reported accuracies, %, in the order of COLUMNS; one row a paper
     ("clip-lora", 1): [(35.23, 81.41, 85.32, 21.73, 55.92), (36.40, 81.72, 84.62, 21.86, 56.07)],
     ("clip-lora", 5): [(51.10, 92.52, 96.21, 24.13, 65.99)],
     ("atha", 1): [(38.86, 82.56, 87.99, 24.00, 58.35)],
@@ -307,233 +552,235 @@ PAPER = {    # (method, shot) -> reported accuracies, %: isic, eurosat, cropdise
     ("ra-only", 1): [(None, None, None, None, 57.17)],
 }
 COLUMNS = ("isic", "eurosat", "cropdiseases", "chestx", "mean")
+Cells = dict[tuple[str, int, str], dict[int, float]]          # (method, shot, dataset) -> episode -> accuracy
 
 
 def paper_figure(method: str, shot: int, column: str) -> str:
-    """What the papers report, "81.41 / 81.72" where two do, or ""."""
+    """What the papers report, " (81.41 / 81.72)" where two do, or ""."""
     figures = [row[COLUMNS.index(column)] for row in PAPER.get((method, shot), []) if column in COLUMNS]
-    return " / ".join(f"{f:.2f}" for f in figures if f is not None)
+    known = " / ".join(f"{f:.2f}" for f in figures if f is not None)
+    return f" ({known})" if known else ""
 
 
-def mean_and_interval(accuracies: Sequence[float]) -> tuple[float, float]:
+def mean_and_interval(accuracies: Iterable[float]) -> tuple[float, float]:
     """Mean and half the 95 % interval, 1.96 std / sqrt(n), of accuracies in %."""
-    a = torch.tensor(accuracies, dtype=torch.float64)
+    a = torch.tensor(list(accuracies), dtype=torch.float64)
     return a.mean().item(), 1.96 * a.std(correction=0).item() / len(a) ** 0.5 if len(a) > 1 else float("nan")
 
 
+def in_short(accuracies: Iterable[float], sign: str = "") -> str:
+    """Mean and interval as text, "81.41 ± 0.42"."""
+    mean, interval = mean_and_interval(accuracies)
+    return f"{mean:{sign}.2f} ± {interval:.2f}"
+
+
 class Results:
-    """One JSON line an episode, after a first line that tells what made them; every process writes a part of its own."""
+    """One JSON line a task, after a first line that tells what made them; every process writes its own part.
+
+    done: every finished task, of all parts, by its number. Raises UsageError for a part that is damaged, of
+    other settings, or being written.
+    """
 
     def __init__(self, stem: Path, header: dict, rank: int = 0):
-        self.stem, self.header = stem, json.loads(json.dumps(header))
-        try:
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            self.file = stem.with_name(f"{stem.name}.part{rank}.jsonl").open("a+b")
-        except OSError as e:
-            raise UsageError(f"cannot write to {stem.parent}: {e}") from e
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise UsageError(f"{self.file.name}: another run is writing it") from e
-        self.done = self.read()
-        self.file.seek(0)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)             # a killed run may have left half a line
-        self.file.seek(0)
-        if len(self.file.readlines()) < 2:
-            self.file.truncate(0)
-            self.append([self.header])
+        self.stem, self.header, self.done = stem, header, {}
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        part = stem.with_name(f"{stem.name}.part{rank}.jsonl")
+        if part.exists():
+            data.ordinary(part)
+        self.file = part.open("a+b")
+        if not data.try_lock(self.file):
+            raise UsageError(f"{part}: another run is writing it")
+        for one in sorted(stem.parent.glob(glob.escape(stem.name) + ".part*.jsonl")):
+            data.ordinary(one)
+            self.read(one)
+        whole = whole_lines(part)
+        self.file.truncate(sum(len(line) + 1 for line in whole))
+        if not whole:
+            self.write(header)
 
-    def read(self) -> dict[int, dict]:
-        """Every finished episode, of all parts. Raises UsageError when a part was made in another way."""
-        done = {}
-        for part in sorted(self.stem.parent.glob(glob.escape(self.stem.name) + ".part*.jsonl")):
-            lines = [json.loads(line) for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            for key in self.header if len(lines) > 1 else ():        # a first line alone is of a run that failed
-                if lines[0].get(key) != self.header[key]:
-                    raise UsageError(f"{part} was made with {describe(key, lines[0].get(key), self.header[key])}; "
-                                     "give another --out, or remove it")
-            done |= {record["episode"]: record for record in lines[1:]}
-        return done
+    def read(self, part: Path) -> None:
+        for number, line in enumerate(whole_lines(part), 1):
+            try:
+                record = json.loads(line)
+                if number == 1:
+                    self.compare(part, record)
+                elif type(record["episode"]) is not int or not 0 <= record["accuracy"] <= 100:
+                    raise ValueError
+                else:
+                    self.done[record["episode"]] = record
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+                raise UsageError(f"{part}, line {number}, is damaged: remove it, or give another "
+                                 "--out") from e
 
-    def append(self, records: list[dict]) -> None:
-        self.file.write("".join(json.dumps(r) + "\n" for r in records).encode())
+    def compare(self, part: Path, header: dict) -> None:
+        """Refuses a part that was made in another way; a field that it does not know had its default."""
+        ours = json.loads(json.dumps(self.header))                       # a tuple is a list there
+        defaults = json.loads(json.dumps(asdict(Recipe())))
+        old, new = ({**x, **defaults, **x["recipe"], "recipe": ""} for x in (header, ours))
+        for key in {**new, **old}:
+            if old.get(key) != new.get(key):
+                raise UsageError(f"{part} was made with {key} {old.get(key)!r}, this run has "
+                                 f"{new.get(key)!r}; give another --out, or remove it")
+
+    def write(self, *records: dict) -> None:
+        self.file.write("".join(json.dumps(record) + "\n" for record in records).encode())
         self.file.flush()
 
-
-def describe(key: str, old: object, new: object) -> str:
-    """The first difference of two header fields, in words."""
-    if isinstance(old, dict):
-        key = next(k for k in {**new, **old} if old.get(k) != new.get(k))
-        old, new = old.get(key), new.get(key)
-    return f"{key} {old!r}, this run has {new!r}"
+    def append(self, records: list[dict]) -> None:
+        self.write(*records)
+        self.done |= {record["episode"]: record for record in records}
 
 
-def markdown(cells: dict[tuple[str, int, str], tuple[float, float]]) -> str:
-    """(method, shot, dataset) -> (mean, interval) as the papers' tables, one a shot, the paper's figure in brackets."""
+def whole_lines(part: Path) -> list[bytes]:
+    """Lines of a part, without half a one of a killed run; none if the first is alone: that run failed."""
+    lines = part.read_bytes().split(b"\n")[:-1]
+    return lines if len(lines) > 1 else []
+
+
+def table(title: str, found: dict[tuple[str, str], list[float]], shot: int, sign: str = "") -> list[str]:
+    """Lines of a Markdown table of (method, dataset) -> accuracies; shot: of the papers' figures there."""
+    methods, columns = (list(dict.fromkeys(names)) for names in zip(*found))
+    columns += ["mean"] * (len(columns) > 1)
+    rows = [[title, *columns], ["---"] * (len(columns) + 1)]
+    for method in methods:
+        texts = {c: in_short(found[method, c], sign) for c in columns if (method, c) in found}
+        means = [mean_and_interval(found[method, c])[0] for c in texts]
+        texts["mean"] = f"{sum(means) / len(means):{sign}.2f}"
+        rows.append([method, *(texts.get(c, "") + paper_figure(method, shot, c) for c in columns)])
+    return ["", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def markdown(cells: Cells) -> str:
+    """The papers' tables, one a shot, the paper's figure in brackets; below, differences from clip-lora."""
     lines = []
     for shot in sorted({shot for _, shot, _ in cells}):
-        methods = list(dict.fromkeys(m for m, s, _ in cells if s == shot))
-        columns = list(dict.fromkeys(d for _, s, d in cells if s == shot))
-        columns += ["mean"] if len(columns) > 1 else []
-        lines += ["", f"| {shot}-shot | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for method in methods:
-            row = {d: cells[method, shot, d] for d in columns if (method, shot, d) in cells}
-            shown = {d: f"{mean:.2f} ± {interval:.2f}" for d, (mean, interval) in row.items()}
-            shown["mean"] = f"{sum(mean for mean, _ in row.values()) / len(row):.2f}"
-            paper = {d: paper_figure(method, shot, d) for d in columns}
-            lines.append(f"| {method} | " + " | ".join(shown.get(d, "") + (f" ({paper[d]})" if paper[d] else "") for d in columns) + " |")
+        of_shot, paired = {(m, dataset): x for (m, s, dataset), x in cells.items() if s == shot}, {}
+        for (method, dataset), x in of_shot.items():
+            base = of_shot.get(("clip-lora", dataset), {})
+            if method != "clip-lora" and (both := sorted(x.keys() & base.keys())):
+                paired[method, dataset] = [x[n] - base[n] for n in both]
+        lines += table(f"{shot}-shot", {key: x.values() for key, x in of_shot.items()}, shot)
+        lines += table("minus clip-lora, paired", paired, shot=0, sign="+") if paired else []
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------ runs
+# -------------------------------------------------------------------------------------------------- protocols
 
-def rank_and_size() -> tuple[int, int]:
-    """This process and the number of them, as torchrun sets them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def pictures_at_once(clip: CLIP, device: torch.device) -> int:
-    """How many pictures fit into free memory in training."""
-    c, size = clip.config, clip.visual.proj.element_size()
-    if device.type == "cuda":                                            # what PyTorch keeps in reserve is free to us
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    else:
-        free = next(1024 * int(line.split()[1]) for line in open("/proc/meminfo") if line.startswith("MemAvailable"))
-    per_picture = 30 * size * c.vision_width * c.vision_layers * ((c.image // c.patch) ** 2 + 1)    # measured: about 30 numbers kept a token, block and channel
-    return max(1, int(0.7 * free / per_picture))
+def task_of(args: argparse.Namespace, pool: Pool, shot: int, number: int) -> Task:
+    """Task `number` of a protocol: an episode, or all classes and the whole test split."""
+    if args.split:
+        return pool.split(shot, args.seed + number)
+    return pool.task(number, way=args.way, shot=shot, query=args.query, seed=args.seed)
 
 
-class Cell:
-    """One dataset, shot and method: what it takes to train any batch of its episodes."""
-
-    def __init__(self, args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer, pool: Pool, dataset: str, shot: int, method: str):
-        self.args, self.clip, self.pool, self.dataset, self.shot, self.method = args, clip, pool, dataset, shot, method
-        self.recipe = flagged(args, recipe_for(args.recipe, method, shot, dataset))
-        self.device = clip.visual.proj.device
-        self.token_ids = class_rows(tokenizer, self.recipe.prompt, pool.classes, clip.config.context)      # (C, context)
-
-    def fetch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token rows (E, way, context), support (E, way * shot, 3, S, S) and queries, uint8, on the device."""
-        a = self.args
-        drawn = [self.pool.episode(n, a.way, self.shot, a.query, a.seed) for n in numbers]
-        classes, support, query = (torch.stack(part) for part in zip(*drawn))
-        parts = self.token_ids[classes], self.pool.images[support.flatten(1)], self.pool.images[query.flatten(1)]
-        return tuple((p.pin_memory() if self.device.type == "cuda" else p).to(self.device, non_blocking=True) for p in parts)
-
-    def adapt(self, numbers: Sequence[int], token_ids: Tensor, support: Tensor, method: str | None = None) -> Learner:
-        a, r = self.args, self.recipe
-        seeds = [(a.seed, n) for n in numbers]
-        labels = torch.arange(a.way, device=self.device).repeat_interleave(self.shot).expand(len(numbers), -1)
-        still, batches = support_batches(support, labels, r.augment, r.steps, self.clip.config.image, seeds, r.minibatch)
-        torch.manual_seed(generator("dropout", *seeds[0]).initial_seed())         # a resumed run, with the same --batch, draws the same masks
-        return adapt(self.clip, still, labels, token_ids, method or self.method, r, batches=batches, seeds=seeds, compile=a.compile)
-
-    def queries(self, query: Tensor) -> Tensor:
-        return plain(query, self.clip.config.image, centre=self.recipe.augment == "none")
-
-    def train(self, numbers: Sequence[int], fetched: tuple[Tensor, Tensor, Tensor]) -> list[dict]:
-        """One record an episode: its accuracy on the queries in % and its last loss."""
-        token_ids, support, query = fetched
-        if self.args.compile:
-            gc.collect()                                                 # a compiled learner refers to itself, so the last one may still be here
-        learner = self.adapt(numbers, token_ids, support)
-        wanted = torch.arange(self.args.way, device=self.device).repeat_interleave(self.args.query)
-        logits = torch.cat([learner.logits(self.queries(part)) for part in query.split(25, 1)], 1)    # (E, Q, N)
-        if broken := [n for n, fine in zip(numbers, logits.isfinite().flatten(1).all(1).tolist()) if not fine]:
-            raise UsageError(f"the loss is not a number in episodes {', '.join(map(str, broken))}: lower --lr, or use --precision float32")
-        right = (logits.argmax(-1) == wanted).double().mean(1).tolist()
-        last = (learner.losses[-1] if len(learner.losses) else torch.zeros(len(numbers))).tolist()
-        return [{"episode": n, "accuracy": 100 * a, "loss": loss} for n, a, loss in zip(numbers, right, last)]
-
-    def run(self) -> list[float]:
-        """Train what is not done yet, in batches of episodes; returns the accuracies of all, in order."""
-        a, (rank, size) = self.args, rank_and_size()
-        episodes = a.episodes or (100 if self.dataset == "toy" else 800 if self.shot == 1 else 400)
-        header = {"dataset": self.dataset, "way": a.way, "shot": self.shot, "query": a.query, "seed": a.seed, "method": self.method,
-                  "recipe": asdict(self.recipe), "weights": self.clip.fingerprint, "data": self.pool.fingerprint, "precision": a.precision}
-        name = f"{Path(self.dataset).name}-{a.way}way-{self.shot}shot-{self.method}-{a.recipe}-seed{a.seed}"
-        results = Results(Path(a.out) / name, header, rank)
-        if a.compile:
-            torch.compiler.reset()                                       # other shapes than the last cell's: its graphs would only count to the limit
-        mine = range(rank, episodes, size)
-        todo = [n for n in mine if n not in results.done]
-        support = a.way * self.shot
-        shown = support * (5 if self.recipe.augment == "views" else 1)
-        shown = min(self.recipe.minibatch or shown, shown) + support * ("ra" in switches(self.method))     # RA adds the plain pictures
-        at_once = a.batch or min(128 if self.device.type == "cuda" else 16, max(1, pictures_at_once(self.clip, self.device) // shown))
-        accuracies, begun, total = [results.done[n]["accuracy"] for n in mine if n in results.done], time.monotonic(), len(todo)
-        if rank == 0 and todo:
-            progress(f"{name}: {len(accuracies)} of {len(mine)} episodes are done, the others {min(at_once, total)} at a time")
-        with ThreadPoolExecutor(1) as background:
-            ahead = background.submit(self.fetch, todo[:at_once]) if todo else None
-            while todo:
-                numbers, fetched, records = todo[:at_once], None, None
-                try:
-                    fetched = ahead.result()
-                    ahead = background.submit(self.fetch, todo[at_once: 2 * at_once]) if todo[at_once:] else None     # while this batch trains
-                    records = self.train(numbers, fetched)
-                except torch.cuda.OutOfMemoryError:
-                    fetched = ahead = None                               # in here the traceback still holds the batch's memory
-                if records is None:
-                    if len(numbers) == 1:
-                        raise UsageError("out of GPU memory with one episode at a time")
-                    at_once = len(numbers) // 2
-                    print(f"\nout of GPU memory: {at_once} episodes at once from here on", file=sys.stderr)
-                    ahead = background.submit(self.fetch, todo[:at_once])
-                    continue
-                elapsed = time.monotonic() - begun
-                results.append([r | {"elapsed": round(elapsed, 2)} for r in records])
-                todo = todo[at_once:]
-                accuracies += [r["accuracy"] for r in records]
-                if rank == 0:
-                    mean, interval = mean_and_interval(accuracies)
-                    speed = (total - len(todo)) / elapsed
-                    progress(f"{name}: {len(accuracies)}/{len(mine)} episodes, {mean:.2f} ± {interval:.2f} %, "
-                             f"{speed:.2f} episodes/s, {len(todo) / speed:.0f} s left", last=not todo)
-        if size > 1:
-            torch.distributed.barrier()                                  # now every part is complete
-        done = results.read()
-        return [done[n]["accuracy"] for n in range(episodes)]
+def make_job(args: argparse.Namespace, backbone: CLIP, tokenizer: Tokenizer, pool: Pool, recipe: Recipe,
+             method: str, phrases: Sequence[str] | None = None) -> Job:
+    token_ids = class_rows(tokenizer, recipe.prompt, phrases or pool.classes, backbone.config.context)
+    return Job(backbone, pool, token_ids.to(backbone.logit_scale.device), method, recipe, args.compile)
 
 
-def progress(text: str, last: bool = False) -> None:
-    """A line that is written over on a terminal, and one of many in a log."""
-    on_terminal = sys.stderr.isatty()
-    print(f"\r\x1b[K{text}" if on_terminal else text, end="" if on_terminal and not last else "\n", file=sys.stderr, flush=True)
+def own_code(method: str) -> dict[str, str]:
+    """What the code of a user's own methods is, so that results of two versions are not mixed."""
+    files = [name.rpartition(":")[0] for name in method.split("+") if ":" in name]
+    return {"code": data.digest(*(Path(file).read_bytes() for file in files))} if files else {}
 
 
-def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], context: int) -> Tensor:
-    """Token rows (C, context) of the prompts of class names, underscores as spaces."""
-    return tokenizer([prompt.replace("{}", name.replace("_", " ")) for name in names], context)
+def short(method: str) -> str:
+    """A method in a file's name: a user's own by its class."""
+    return "+".join(name.rpartition(":")[2] for name in method.split("+"))
 
 
-def flagged(args: argparse.Namespace, recipe: Recipe) -> Recipe:
-    """The recipe with what was given on the command line."""
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe) if getattr(args, f.name) is not None}
-    recipe = replace(recipe, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    if "{}" not in recipe.prompt:
-        raise UsageError(f"--prompt {recipe.prompt!r} has no {{}}, where the class name goes")
-    for name, value in asdict(recipe).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if name in ("rho", "gamma", "tir_top", "dropout", "extra_share") and not 0 <= value <= 1:
-            raise UsageError(f"{flag} is not a share from 0 to 1")
-        if isinstance(value, int | float) and name not in ("alpha", "beta", "text_block") and not 0 <= value < float("inf"):
-            raise UsageError(f"{flag} is not a number from 0 up")
-    for block in (recipe.alpha_block, *recipe.tir_blocks, 11 if recipe.text_block == -1 else recipe.text_block):
-        if not 0 <= block < 12:
-            raise UsageError(f"there is no block {block}: they are given for towers of 12, 0 to 11")
-    return recipe
+def tasks_at_once(job: Job, task: Task) -> int:
+    """How many tasks train in one batch, by free memory."""
+    fits = pictures_at_once(job.backbone, job.device) // job.shown(task)
+    return min(128 if job.device.type == "cuda" else 16, max(1, fits))
 
 
-# -------------------------------------------------------------------------------------------------- own pictures
+def try_tasks(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], told: Callable) -> list[dict]:
+    """Train and test tasks in one batch: a record each, accuracy in %; told(share of the work done)."""
+    if job.compile:
+        gc.collect()                                             # a compiled learner refers to itself
+    learner = job.learn(tasks, seeds, told=lambda step: told(0.9 * step / job.recipe.steps))
+    most = max(len(task.query) for task in tasks)
+    logits = job.logits(learner, tasks, told=lambda done: told(0.9 + 0.1 * done / most))
+    check_numbers(seeds, logits, "the answers are not a number in {}: lower --lr")
+    losses = learner.losses[-1:].sum(0).tolist()                 # 0 where nothing was trained
+    right = [(x.argmax(-1) == task.truth).double().mean().item() for x, task in zip(logits, tasks)]
+    return [{"episode": number, "accuracy": 100 * share, "loss": loss}
+            for (_, number), share, loss in zip(seeds, right, losses)]
+
+
+def merged(mine: dict) -> dict:
+    """What all processes have: other machines may keep their files to themselves."""
+    return {key: value for theirs in gathered(mine) for key, value in theirs.items()}
+
+
+def run_job(args: argparse.Namespace, job: Job, dataset: str, shot: int) -> dict[int, float]:
+    """Train what is not done yet, in batches of tasks; returns the accuracy of every task by its number."""
+    rank, size = rank_and_size()
+    episodes = args.episodes or (3 if args.split else 100 if dataset == "toy" else 800 if shot == 1 else 400)
+    dataset, kind = Path(dataset).name, "split" if args.split else f"{args.way}way"
+    name = f"{dataset}-{kind}-{shot}shot-{short(job.method)}-{args.recipe}-seed{args.seed}"
+    protocol = {"split": job.pool.split_fingerprint} if args.split else {"way": args.way, "query": args.query}
+    header = {"dataset": dataset, **protocol, "shot": shot, "seed": args.seed, "method": job.method,
+              "recipe": fields_of(job.recipe, job.method), **own_code(job.method),
+              "precision": args.precision, "weights": job.backbone.fingerprint, "data": job.pool.fingerprint}
+    if any(other != (header, episodes) for other in gathered((header, episodes))):
+        raise UsageError("the processes were not started with the same command")
+    results = Results(Path(args.out) / name, header, rank)
+    results.done = merged(results.done)
+    missing = [n for n in range(episodes) if n not in results.done]
+    todo, before = missing[rank::size], 0
+    at_once = args.batch or tasks_at_once(job, task_of(args, job.pool, shot, 0))
+    made_by = {"device": str(job.device), "ranks": size, "compile": job.compile, "torch": torch.__version__}
+    clock = data.Clock(name, len(todo))
+    if rank == 0 and todo:
+        progress(f"{name}: {episodes - len(missing)} of {episodes} episodes are done, "
+                 f"the others {at_once} at a time", last=True)
+    if job.compile:
+        torch.compiler.reset()                               # other shapes: old graphs would only count
+
+    def told(done: float) -> None:
+        accuracies = [record["accuracy"] for record in results.done.values()]
+        so_far = f", {in_short(accuracies)} %" if accuracies else ""
+        if rank == 0 and done:                               # what is to be done was said above
+            clock.tell(done, f"{before}/{len(todo)}{so_far}", last=before == len(todo))
+
+    def batch(at_once: int) -> list[dict]:
+        numbers = todo[before: before + at_once]
+        tasks = [task_of(args, job.pool, shot, n) for n in numbers]
+        seeds = [(args.seed, n) for n in numbers]
+        return try_tasks(job, tasks, seeds, told=lambda share: told(before + share * len(numbers)))
+    while before < len(todo):
+        records, at_once = halving(batch, at_once, "episode")
+        made_by |= {"batch": len(records), "elapsed": round(time.monotonic() - clock.begun, 2)}
+        results.append([record | made_by for record in records])
+        before += len(records)
+        told(before)
+    done = merged(results.done)
+    return {n: done[n]["accuracy"] for n in range(episodes)}
+
+
+# ----------------------------------------------------------------------------------------------- own pictures
+
+AT_ONCE, MINI = 64, 16   # --fit sees up to 64 pictures in every step; of more, 16, in four times the steps
+SHEET = 48               # pictures on the sheet that --predict draws
+VERDICTS = ("within noise: these pictures cannot tell whether tuning helps", "tuning helps", "tuning harms")
+RESPELLED = {            # modules, as transformers calls them
+    "visual.transformer.resblocks": "vision_model.encoder.layers",
+    "transformer.resblocks": "text_model.encoder.layers", ".attn.": ".self_attn.",
+}
+NOTES = {                # what --save notes beside the tensors, and of what kind it is
+    "classes": list, "phrases": list, "method": str, "recipe": dict, "weights": str,
+    "code": dict, "place": (str, type(None)), "temperature": (float, type(None)), "size": int,
+}
+
 
 def read_names(path: str, classes: Sequence[str]) -> list[str]:
-    """Phrase of each class: as a JSON object says of the folder, else the folder's name. Raises UsageError."""
+    """Phrase of each class: what a JSON object says of the folder, or its name. Raises UsageError."""
     try:
-        names = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise UsageError(f"cannot read --names {path}: {e.strerror}") from e
-    except ValueError as e:
+        names = json.loads(data.read_text(Path(path)))
+    except (ValueError, RecursionError) as e:
         raise UsageError(f"--names {path} is not JSON: {e}") from e
     if not isinstance(names, dict) or not all(isinstance(phrase, str) for phrase in names.values()):
         raise UsageError(f'--names {path} must hold one object of texts, {{"folder": "phrase", ...}}')
@@ -544,304 +791,668 @@ def read_names(path: str, classes: Sequence[str]) -> list[str]:
 
 def check_writable(path: Path) -> None:
     """Raises UsageError before the work is done rather than after."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")     # a name as long as `save` needs
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(0, "it is not an ordinary file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            reason = "it is a folder" if path.is_dir() else ""
+        part.touch()
+        part.unlink()
     except OSError as e:
-        reason = e.strerror
-    if reason:
-        raise UsageError(f"cannot write {path}: {reason}")
+        raise UsageError(f"cannot write {path}: {e.strerror}") from e
 
 
-def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> None:
-    """Fine-tune once on a folder of class folders: one episode whose classes are all and whose support is everything."""
-    pool, device, method = data.load(args.fit, args.data), clip.visual.proj.device, args.method[0]
+def own_tasks(pool: Pool, holdout: int, folds: int, seed: int) -> list[Task]:
+    """The task to be fitted, with `holdout` pictures a class as queries; after it one for each fold.
+
+    The queries of the folds together are all pictures; they have equally many to learn from.
+    """
+    def task(support: Tensor, query: Tensor) -> Task:
+        return Task(torch.arange(len(pool.classes)), support, pool.labels[support], query, pool.labels[query])
+    order = [rows[torch.randperm(len(rows), generator=generator("holdout", seed, label))]
+             for label, rows in enumerate(pool.rows)]
+    kept, held = (torch.cat(part) for part in zip(*((rows[holdout:], rows[:holdout]) for rows in order)))
+    rows = torch.cat(sorted(order, key=len))                     # what is cut off is of the largest class
+    fold = torch.arange(len(rows)) % max(folds, 1)
+    least = int((fold > 0).sum())
+    return [task(kept, held), *(task(rows[fold != k][:least], rows[fold == k]) for k in range(folds))]
+
+
+def fit(args: argparse.Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
+    """Fine-tune once on a folder of class folders, tell how far to trust what comes out, and keep it."""
+    pool, method = data.load_folder(args.fit), args.method[0]
     phrases = read_names(args.names, pool.classes) if args.names else pool.classes
     check_writable(Path(args.save))
     if len(pool.classes) < 2:
         raise UsageError(f"{args.fit} has one class, {pool.classes[0]!r}: there is nothing to tell apart")
-    short = [f"{name!r} has {len(rows)}" for name, rows in zip(pool.classes, pool.rows) if len(rows) <= args.holdout]
-    if short:
-        raise UsageError(f"--holdout {args.holdout} leaves no picture to fit on: {', '.join(short)}")
-    recipe = flagged(args, recipe_for(args.recipe, method, min(5, max(1, len(pool.labels) // len(pool.classes)))))
-    order = [rows[torch.randperm(len(rows), generator=generator("holdout", args.seed, label))] for label, rows in enumerate(pool.rows)]
-    kept, held = (torch.cat(part) for part in zip(*[(rows[args.holdout:], rows[: args.holdout]) for rows in order]))
-    size, seeds = clip.config.image, [("fit", args.seed)]
-    token_ids = class_rows(tokenizer, recipe.prompt, phrases, clip.config.context)[None].to(device)
-    labels = pool.labels[kept][None].to(device)                          # (1, M)
-    still, batches = support_batches(pool.images[kept][None].to(device), labels, recipe.augment, recipe.steps, size, seeds, recipe.minibatch)
-    chunk = args.batch or pictures_at_once(clip, device)
-    pictures = batches(0)[0].shape[1]
-    print(f"fitting {method} on {len(kept)} pictures of {len(pool.classes)} classes, {recipe.steps} steps"
-          + (f", {chunk} of {pictures} pictures at a time (each step still sees them all)" if chunk < pictures else ""), file=sys.stderr)
-    begun, every = time.monotonic(), 1 if sys.stderr.isatty() else max(1, recipe.steps // 10)
+    needed = max(args.holdout + 1, args.folds)
+    if short := [f"{name!r} has {len(r)}" for name, r in zip(pool.classes, pool.rows) if len(r) < needed]:
+        flag = f"--folds {args.folds}" if args.folds else f"--holdout {args.holdout}"
+        raise UsageError(f"{flag} takes {needed} pictures of every class or more: {', '.join(short)}")
+    whole, *folds = own_tasks(pool, args.holdout, args.folds, args.seed)
+    trials = folds or [whole]
+    shown = len(trials[0].support)
+    recipe = recipe_for(args.recipe, method, shot=min(5, max(1, shown // len(pool.classes))))
+    if shown > AT_ONCE and not recipe.minibatch:
+        recipe = replace(recipe, minibatch=MINI, steps=4 * max(recipe.steps, shown // MINI))
+    job = make_job(args, backbone, tokenizer, pool, flagged(args, recipe), method, phrases)
 
-    def told(step: int) -> tuple[Tensor, Tensor]:                        # adapt asks for a step's pictures when the steps before are done
-        if step and step % every == 0:
-            progress(f"step {step}/{recipe.steps}, {(time.monotonic() - begun) / step * (recipe.steps - step):.0f} s left")
-        return batches(step)
-    learner = None
-    while learner is None:
-        torch.manual_seed(args.seed)
-        try:
-            learner = adapt(clip, still, labels, token_ids, method, recipe, batches=told, seeds=seeds, chunk=chunk, compile=args.compile)
-        except torch.cuda.OutOfMemoryError as e:
-            if chunk == 1:
-                raise UsageError("out of GPU memory with one picture at a time") from e
-            chunk = min(chunk, pictures) // 2
-            print(f"\nout of GPU memory: {chunk} pictures at a time from here on", file=sys.stderr)
-    progress(f"fitted in {time.monotonic() - begun:.0f} s", last=True)
-    if len(learner.losses) and not learner.losses[-1].isfinite().all():
-        raise UsageError("the loss is not a number: lower --lr, or use --precision float32")
-    metadata = {"classes": pool.classes, "phrases": phrases, "method": method, "recipe": asdict(recipe), "weights": clip.fingerprint}
-    save(learner.learned(), args.save, {key: json.dumps(value) for key, value in metadata.items()})
-    print(f"saved {args.save}")
-    if args.holdout:
-        plain_held = plain(pool.images[held].to(device), size, centre=recipe.augment == "none")[None]
-        zero_shot = adapt(clip, still, labels, token_ids, "zero-shot", recipe)
-        counts = []
-        for name, model in (("zero-shot", zero_shot), (method, learner)):
-            right = model.logits(plain_held)[0].argmax(-1).cpu() == pool.labels[held]
-            counts.append(int(right.sum()))
-            print(f"{name + ':':{len(method) + 10}s} {100 * right.double().mean():6.2f} % ({counts[-1]} of {len(held)} pictures held out)")
-        if counts[1] <= counts[0]:
-            print("tuning did not help on these pictures: plain CLIP does as well")
+    def fitted(tasks: Sequence[Task]) -> Learner:
+        seeds = [("fit", args.seed, k) for k in range(len(tasks))]
+        of_folds = f" of {len(tasks)} folds" * (len(tasks) > 1)
+        what = f"fitting {method} on {len(tasks[0].support)} pictures{of_folds}"
+        return trained(job, tasks, seeds, what, args.batch)
+    learner = fitted(trials)
+    temperature = trust(job, learner, trials) if len(trials[0].query) else None
+    learner = fitted([whole]) if folds else learner
+    place = args.weights
+    if place and os.path.exists(place):
+        place = os.path.abspath(place)
+    notes = {"classes": pool.classes, "phrases": phrases, "method": method, "recipe": asdict(job.recipe),
+             "weights": backbone.fingerprint, "code": own_code(method),
+             "place": place, "temperature": temperature,
+             "size": pool.images.shape[-1]}
+    save(learner.learned(), args.save, {key: json.dumps(value) for key, value in notes.items()})
+    doubt = "" if temperature else "; its percentages are not calibrated: --holdout or --folds would do that"
+    print(f"saved {args.save}{doubt}")
+    return 0
 
 
-def load_tuned(path: str | Path, clip: CLIP, tokenizer: Tokenizer) -> Learner:
-    """What --save kept, on the CLIP that it was made with: a Learner with .classes and .logits. Raises UsageError."""
+def trained(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], what: str,
+            at_once: int | None = None) -> Learner:
+    """A learner of tasks in one batch, so many pictures of each at once, or as memory allows."""
+    steps, shown = job.recipe.steps, job.shown(tasks[0])
+    text = f"step {{}}/{steps} of {shown} pictures"
+    clock, fits = data.Clock(what, steps), pictures_at_once(job.backbone, job.device) // len(tasks)
+
+    def work(chunk: int) -> Learner:
+        return job.learn(tasks, seeds, chunk=chunk, told=lambda step: clock.tell(step, text.format(step)))
+    learner, _ = halving(work, at_once or min(max(1, fits), shown), "picture")
+    clock.tell(steps, f"{steps} steps", last=True)
+    return learner
+
+
+def trust(job: Job, learner: Learner, tasks: Sequence[Task]) -> float:
+    """Print how the tasks' queries are answered, tuned and not; returns the temperature of the answers."""
+    truth, right = torch.cat([task.truth for task in tasks]), {}                     # (n,)
+    frozen = Learner(job.backbone, job.token_ids.expand(len(tasks), -1, -1), "zero-shot", job.recipe)
+    for name, model in {"zero-shot": frozen, job.method: learner}.items():
+        logits = torch.cat(job.logits(model, tasks))                                 # (n, N)
+        right[name] = 100 * (logits.argmax(-1) == truth).double()
+    best, folds = 100 * int(truth.bincount().max()) / len(truth), f" in {len(tasks)} folds" * (len(tasks) > 1)
+    print(f"{len(truth)} pictures held out{folds}; chance, the most frequent class: {best:.2f} %")
+    for name, each in right.items():
+        interval = mean_and_interval([*each, 0, 0, 100, 100])[1]     # as if two more were right, two wrong
+        print(f"{name + ':':{len(job.method) + 10}s} {each.mean():6.2f} ± {interval:.2f} %")
+    gains = each - right["zero-shot"]
+    gain, noise = gains.mean().item(), mean_and_interval([*gains, -100, 100])[1]
+    verdict = VERDICTS[(gain > noise) - (gain < -noise)]
+    print(f"difference: {gain:+.2f} ± {noise:.2f} points, picture by picture: {verdict}")
+    print(*confusions(job.pool.classes, confusion_of(truth, logits.argmax(-1), logits.shape[-1])), sep="\n")
+    temperature = temperature_of(logits, truth)
+    before, after = (100 * calibration_error((logits / t).softmax(-1), truth) for t in (1, temperature))
+    print(f"percentages are off by {before:.1f} points, {after:.1f} with temperature {temperature:.3g}")
+    return temperature
+
+
+def temperature_of(logits: Tensor, truth: Tensor) -> float:
+    """What logits (n, N) are divided by to give the best probabilities of the truth (n,) (Guo et al. 2017).
+
+    Labels are no surer than n pictures allow (Platt 1999), as a faultless few would make it nothing.
+    """
+    temperatures = torch.logspace(-2, 2, 801)
+    losses = [F.cross_entropy(logits / t, truth, label_smoothing=1 / (len(truth) + 2)) for t in temperatures]
+    return temperatures[torch.stack(losses).argmin()].item()
+
+
+def calibration_error(probabilities: Tensor, truth: Tensor, bins: int = 10) -> float:
+    """Expected calibration error, 0 to 1, of (n, N): share right against mean probability, bin by bin."""
+    best, said = probabilities.double().max(-1)
+    of_bin = F.one_hot((best * bins).long().clamp(max=bins - 1), bins).double()      # (n, bins)
+    return ((of_bin.T @ ((said == truth).double() - best)).abs().sum() / len(truth)).item()
+
+
+def confusion_of(truth: Tensor, said: Tensor, classes: int) -> Tensor:
+    """How many of each class (rows) were taken for which (columns): (classes, classes) int64."""
+    return (truth * classes + said).bincount(minlength=classes ** 2).view(classes, classes)
+
+
+def confusions(classes: Sequence[str], confusion: Tensor) -> list[str]:
+    """A line for each class, no wider than the terminal: pictures, share known, what others passed for."""
+    named = min(max(map(len, classes)), max(10, terminal_width() // 3))
+    lines = [f"{'true class':{named}s}  pictures    right  taken for"]
+    for label, (name, row) in enumerate(zip(classes, confusion.tolist())):
+        if not any(row):
+            continue
+        others = sorted((-n, classes[i]) for i, n in enumerate(row) if n and i != label)
+        right = f"{100 * row[label] / sum(row):6.1f} %"
+        lines.append(f"{clipped(name, named):{named}s}  {sum(row):8d} {right}  "
+                     + ", ".join(f"{printable(other)} {-n}" for n, other in others))
+    return [line[: terminal_width()] for line in lines]
+
+
+def terminal_width() -> int:
+    """Columns that a row may take, as good as endless where the output is no terminal."""
+    return shutil.get_terminal_size((10 ** 6, 0)).columns - 1
+
+
+def clipped(text: object, width: int) -> str:
+    """A text as it may be printed; if it is too long its end, where names and paths differ."""
+    text = printable(text)
+    return text if len(text) <= width else "..." + text[3 - width:]
+
+
+# ----------------------------------------------------------------------------------------------- saved files
+
+def read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and notes of a file that --save wrote, the notes of their kinds. Raises UsageError."""
     try:
+        data.ordinary(path)
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             stored = file.metadata() or {}
-        classes, phrases, method, weights, recipe = (json.loads(stored[key]) for key in ("classes", "phrases", "method", "weights", "recipe"))
-        recipe = Recipe(**{key: tuple(v) if isinstance(v, list) else v for key, v in recipe.items()})
+        notes = {key: json.loads(stored[key]) for key in NOTES}
+        classes, phrases = notes["classes"], notes["phrases"]
+        fits = [isinstance(notes[key], kind) for key, kind in NOTES.items()]
+        fits += [isinstance(name, str) for name in [*classes, *phrases]]
+        fits += [1 < len(set(classes)) == len(classes) == len(phrases), 0 < notes["size"] <= 4096,
+                 0.01 <= (notes["temperature"] or 1) <= 100]
+        if not all(fits):
+            raise ValueError
+        return tensors, notes
     except (OSError, SafetensorError) as e:
         raise UsageError(f"cannot read {path} as a file that --save wrote: {e}") from e
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise UsageError(f"{path} is not a file that --save wrote, or of another version") from e
-    if weights != clip.fingerprint:
-        raise UsageError(f"{path} was fitted on the weights {weights}, these are {clip.fingerprint}: give the right --weights")
-    token_ids = class_rows(tokenizer, recipe.prompt, phrases, clip.config.context)[None].to(clip.visual.proj.device)
-    learner = Learner(clip, token_ids, method, recipe)
-    if {name: t.shape for name, t in tensors.items()} != {name: t.shape for name, t in learner.learned().items()}:
-        raise UsageError(f"{path} does not hold what {method} learns: parts are missing, or it is of another version")
+
+
+def weights_of(path: str) -> str | None:
+    """Where the weights were that a saved file was made with; None: the default ones. Raises UsageError.
+
+    Nothing is fetched because a file says so: what is there no more must be named.
+    """
+    place = read_saved(path)[1]["place"]
+    if place and not os.path.exists(place):
+        raise UsageError(f"{path} was fitted on the weights {place}, which are not there: give --weights")
+    return place
+
+
+def load_tuned(path: str | Path, backbone: CLIP, tokenizer: Tokenizer, own: Sequence[str] = ()) -> Learner:
+    """What --save kept, on the weights that it was made with: a Learner with .prepare, .logits and .classes.
+
+    .size: pixels a side that pictures are decoded to; .temperature: what logits are divided by for
+    probabilities, None where they are not calibrated. own: methods of the user's own that the file may name,
+    as no code is run because a file says so. Raises UsageError, or DataError for what is no ordinary file.
+    """
+    tensors, notes = read_saved(path)
+    method, recipe = notes["method"], notes["recipe"]
+    if notes["weights"] != backbone.fingerprint:
+        raise UsageError(f"{path} was fitted on the weights {notes['weights']}, these are "
+                         f"{backbone.fingerprint}: give the right --weights")
+    named = f"{method}+{recipe.get('tune')}".split("+")
+    if missing := [name for name in named if ":" in name and name not in own]:
+        raise UsageError(f"{path} was fitted with {missing[0]}, a method of your own: name it by --method "
+                         "so that its code may run")
+    if notes["code"] != own_code(method):
+        raise UsageError(f"{path} was fitted with other code of {method} than is there now")
+    blank = extended(Recipe(), parts_of(method))
+    if unknown := recipe.keys() ^ {f.name for f in fields(blank)}:
+        raise UsageError(f"{path} is of another version: field {min(unknown)} of its recipe")
+    recipe = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()}
+    recipe = checked(replace(blank, **recipe))
+    token_ids = class_rows(tokenizer, recipe.prompt, notes["phrases"], backbone.config.context)[None]
+    learner = Learner(backbone, token_ids.to(backbone.logit_scale.device), method, recipe)
+    kinds = [{name: (t.shape, t.dtype) for name, t in held.items()} for held in (tensors, learner.learned())]
+    if kinds[0] != kinds[1] or not all(t.isfinite().all() for t in tensors.values()):
+        raise UsageError(f"{path} does not hold what {method} learns: parts are missing, not numbers, "
+                         "or of another version")
     learner.load_state_dict(tensors, strict=False)
-    learner.classes = classes
+    learner.classes, learner.size, learner.temperature = notes["classes"], notes["size"], notes["temperature"]
     return learner.requires_grad_(False).eval()
 
 
-def predict(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
-    """Classify pictures and folders with a saved learner; prints a table, returns the exit code: 1 when pictures were skipped."""
-    learner = load_tuned(args.predict[0], clip, tokenizer)
-    paths = []
+# ---------------------------------------------------------------------------------------------- new pictures
+
+def pictures_in(folder: Path, skip: Callable[[object], None]) -> Iterator[Path]:
+    """Pictures in a folder and all below, links too, each folder once; skip hears of what cannot be read."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=skip):
+        real = os.path.realpath(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
+        yield from (Path(place, name) for name in sorted(files)
+                    if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS) and real not in seen)
+        seen.add(real)
+
+
+def classified(learner: Learner, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | DataError]]:
+    """Probabilities (N,) of each picture, or why it can't be read; threads decode the next ones meanwhile."""
+    def attempt(path: Path) -> Tensor | DataError:
+        try:
+            return decode(path, learner.size)
+        except DataError as e:
+            return e
+    chunks = [paths[i: i + 64] for i in range(0, len(paths), 64)]
+    with ThreadPoolExecutor() as threads:
+        for chunk, found in zip(chunks, ahead(lambda chunk: list(threads.map(attempt, chunk)), chunks)):
+            images = [picture for picture in found if isinstance(picture, Tensor)]
+            if images:
+                images = learner.prepare(torch.stack(images)[None].to(learner.token_ids.device))
+                logits = learner.logits(images)[0].cpu() / (learner.temperature or 1)            # (n, N)
+                if not logits.isfinite().all():
+                    raise UsageError("the answers are not numbers: use --precision float32")
+                rows = iter(logits.softmax(-1))
+            yield from ((path, x if isinstance(x, DataError) else next(rows))
+                        for path, x in zip(chunk, found))
+
+
+def predict(args: argparse.Namespace, learner: Learner) -> int:
+    """Classify pictures and folders; prints a table or JSON lines, returns 1 when something can't be read."""
+    classes, top, paths, skipped, found = learner.classes, min(args.top, len(learner.classes)), [], [], []
+
+    def skip(reason: object) -> None:
+        skipped.append(reason)
+        progress(f"skipped: {reason}", last=True)
     for path in map(Path, args.predict[1:]):
-        paths += [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")] if path.is_dir() else [path]
+        paths += pictures_in(path, skip) if path.is_dir() else [path]
     if not paths:
         raise UsageError("no pictures to classify: name pictures or folders after the saved file")
-    wide, named = (max(map(len, x)) for x in (map(str, paths), learner.classes))
+    if not learner.temperature:
+        progress("the percentages are not calibrated: --fit with --holdout or --folds does that", last=True)
+    named = min(max(map(len, (*classes, "runner-up"))), max(9, (terminal_width() - 16) // top - 9))
+    wide = min(max(len(printable(path)) for path in paths), max(16, terminal_width() - top * (named + 9)))
+
+    def say(picture: object, cells: Iterable[tuple[str, str]]) -> None:
+        print(f"{clipped(picture, wide):{wide}s}"
+              + "".join(f"  {clipped(name, named):{named}s}  {value:>5s}" for name, value in cells))
     if not args.json:
-        print(f"{'picture':{wide}s}  {'class':{named}s}      %  {'runner-up':{named}s}      %")
-    confusion, skipped = torch.zeros(len(learner.classes), len(learner.classes), dtype=torch.int64), 0
-    for start in range(0, len(paths), 64):
-        found = []
-        for path in paths[start: start + 64]:
-            try:
-                found.append((path, decode(path, 256)))
-            except DataError as e:
-                print(f"skipped: {e}", file=sys.stderr)
-                skipped += 1
-        if found:
-            images = plain(torch.stack([image for _, image in found]).to(clip.visual.proj.device), clip.config.image, centre=learner.recipe.augment == "none")
-            top = learner.logits(images[None])[0].softmax(-1).topk(min(2, len(learner.classes)))
-            for (path, _), values, indices in zip(found, top.values.tolist(), top.indices.tolist()):
-                names = [learner.classes[i] for i in indices]
-                if args.json:
-                    print(json.dumps({"picture": str(path), "class": names[0], "probability": values[0], "runner_up": names[1], "runner_up_probability": values[1]}))
-                else:
-                    print(f"{path!s:{wide}s}  " + "  ".join(f"{name:{named}s}  {100 * value:5.1f}" for name, value in zip(names, values)))
-                if path.parent.name in learner.classes:
-                    confusion[learner.classes.index(path.parent.name), indices[0]] += 1
-        if len(paths) > 64 and not sys.stdout.isatty():                  # on a terminal the table itself tells how far
-            progress(f"{min(start + 64, len(paths))}/{len(paths)} pictures", last=start + 64 >= len(paths))
-    if labelled := int(confusion.sum()):
-        accuracy = 100 * int(confusion.trace()) / labelled
+        ranks = ("class", "runner-up", *(f"{rank}." for rank in range(3, top + 1)))
+        say("picture", [(rank, "%") for rank in ranks[:top]])
+    clock = data.Clock("classifying", len(paths))
+    for done, (path, answer) in enumerate(classified(learner, paths), 1):
+        if isinstance(answer, DataError):
+            skip(answer)
+            continue
+        best = [(classes[i], p) for p, i in zip(*(x.tolist() for x in answer.topk(max(2, top))))]
+        true = path.parent.name if path.parent.name in classes else None
+        found.append((path, true, *best[0]))
         if args.json:
-            print(json.dumps({"accuracy": accuracy, "pictures": labelled, "classes": learner.classes, "confusion": confusion.tolist()}))
+            (name, p), (second, q) = best[:2]
+            print(json.dumps({"picture": str(path), "class": name, "probability": p, "runner_up": second,
+                              "runner_up_probability": q, "top": best[:top]}))
         else:
-            print(f"\naccuracy {accuracy:.2f} % of {labelled} pictures\n\n{'true class':{named + 4}s}  right  predicted as")
-            print(" " * (named + 13) + "".join(f"{i + 1:5d}" for i in range(len(confusion))))
-            for i, (name, row) in enumerate(zip(learner.classes, confusion.tolist())):
-                right = f"{100 * row[i] / sum(row):4.0f} %" if sum(row) else "     -"
-                print(f"{i + 1:3d} {name:{named}s}  {right} " + "".join(f"{n or '.':>5}" for n in row))
+            say(path, [(name, f"{100 * p:.1f}") for name, p in best[:top]])
+        if done % 64 == 0:                                       # they come by so many
+            clock.tell(done, f"{done}/{len(paths)} pictures")
+    say_accuracy(args, classes, found)
+    if args.draw and found:
+        draw_sheet(Path(args.draw), found, learner.size)
     return 1 if skipped else 0
 
 
-# ----------------------------------------------------------------------------------------------------- look inside
+Found = list[tuple[Path, str | None, str, float]]    # picture, its class folder, what was said, how surely
+
+
+def say_accuracy(args: argparse.Namespace, classes: list[str], found: Found) -> None:
+    """How many of the pictures in class folders were known, and what the others passed for."""
+    pairs = [(classes.index(true), classes.index(said)) for _, true, said, _ in found if true]
+    if pairs:
+        confusion = confusion_of(*torch.tensor(pairs).T, len(classes))
+        accuracy = 100 * int(confusion.trace()) / len(pairs)
+        if args.json:
+            print(json.dumps({"accuracy": accuracy, "pictures": len(pairs), "classes": classes,
+                              "confusion": confusion.tolist()}))
+        else:
+            lines = confusions(classes, confusion)
+            print(f"\naccuracy {accuracy:.2f} % of {len(pairs)} pictures\n", *lines, sep="\n")
+
+
+def draw_sheet(target: Path, found: Found, size: int) -> None:
+    """Pictures with what was said and how surely: wrong ones first, the surest first; then the least sure."""
+    def order(answer: tuple) -> tuple[bool, float]:
+        _, true, said, sure = answer
+        right = true in (said, None)
+        return right, sure if right else -sure
+    shown, side, text = sorted(found, key=order)[:SHEET], 192, 44        # pixels
+    sheet = Image.new("RGB", (min(6, len(shown)) * side, (len(shown) + 5) // 6 * (side + text)), "white")
+    for i, (path, true, said, sure) in enumerate(shown):
+        x, y = i % 6 * side, i // 6 * (side + text)
+        sheet.paste(to_pil_image(decode(path, size)).resize((side - 4, side - 4)), (x, y))
+        lines = f"{said} {100 * sure:.0f} %", f"is {true}" * bool(true), path.name
+        lines = "\n".join(clipped(line, 30) for line in lines)
+        lines = lines.encode("latin-1", "replace").decode("latin-1")     # Pillow's own font has these
+        ImageDraw.Draw(sheet).text((x, y + side - 2), lines, "black")
+    part = target.with_name(f"{os.getpid()}.part{target.suffix}")
+    sheet.save(part)
+    os.replace(part, target)
+    progress(f"drew {target}", last=True)
+
+
+# ----------------------------------------------------------------------------------------------------- export
+
+def merge(backbone: CLIP) -> dict[str, LoRA]:
+    """Take LoRA out of a backbone, adding each product to the weights beside it; returns it by its path."""
+    adapters = {path: module for path, module in backbone.named_modules() if isinstance(module, LoRA)}
+    for path, adapter in adapters.items():
+        linear, (parent, _, name) = adapter.linear, path.rpartition(".")
+        product = adapter.scaling * adapter.B[0] @ adapter.A[0]                      # (out, in)
+        linear.weight = nn.Parameter(linear.weight + product.to(linear.weight.dtype), requires_grad=False)
+        setattr(backbone.get_submodule(parent), name, linear)
+    return adapters
+
+
+def peft_adapter(adapters: dict[str, LoRA], recipe: Recipe) -> tuple[dict[str, Tensor], dict]:
+    """LoRA as PEFT keeps it for a model of transformers: tensors and config."""
+    tensors, targets = {}, []
+    for path, adapter in adapters.items():
+        for ours, theirs in RESPELLED.items():
+            path = path.replace(ours, theirs)
+        targets.append(path)
+        for letter, matrix in (("A", adapter.A), ("B", adapter.B)):
+            tensors[f"base_model.model.{path}.lora_{letter}.weight"] = matrix[0].contiguous()
+    return tensors, {"peft_type": "LORA", "target_modules": targets, "r": recipe.rank, "use_rslora": True,
+                     "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.dropout, "inference_mode": True}
+
+
+def export(args: argparse.Namespace, learner: Learner) -> int:
+    """Write a folder for others' libraries: the model with LoRA merged, or LoRA alone; and class texts."""
+    (saved, target), r, c = map(Path, args.export), learner.recipe, learner.backbone.config
+    text, token_text = learner.text_and_hook[0][0], learner.text()[1]    # text: (N, embed), of unit length
+    if inside := [type(part).__name__ for part in learner.parts
+                  if part.vision_hook(token_text) or type(part).enclose is not Part.enclose]:
+        raise UsageError(f"{saved}: {' and '.join(inside)} acts between the blocks of a tower, as no weights "
+                         "can: classify with --predict, or fit with clip-lora, svl or coop")
+    if os.path.lexists(target):
+        raise UsageError(f"{target} is there already: name a folder that is to be made")
+    adapters = merge(learner.backbone)
+    tensors, config = clip_min.hugging_face(learner.backbone)
+    prefix = "open_clip_" if "model_cfg" in config else ""
+    if args.format == "peft":
+        if prefix or not adapters:
+            raise UsageError(f"{saved} holds no LoRA for a model of transformers, which --format peft writes")
+        prefix, (tensors, config) = "adapter_", peft_adapter(adapters, r)
+    whole = round(c.image * 257 / 224) if r.augment == "none" else c.image           # as `prepare` has it
+    size, crop = ({"height": side, "width": side} for side in (whole, c.image))
+    pixels = {"image_processor_type": "CLIPImageProcessor", "size": size, "crop_size": crop, "resample": 2,
+              "image_mean": c.mean, "image_std": c.std}
+    classes = {"classes": learner.classes, "scale": r.scale, "temperature": learner.temperature}
+    notes = {f"{prefix}config": config, "preprocessor_config": pixels, "classes": classes}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as place:
+        folder = Path(place) / "whole"
+        save(tensors, folder / f"{prefix}model.safetensors", {"format": "pt"})
+        save({"embeddings": text.contiguous()}, folder / "classes.safetensors", {})
+        for name, content in notes.items():
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
+        os.replace(folder, target)
+    print(f"wrote {target}")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------ look inside
 
 @torch.no_grad()
-def look(cell: Cell, probe_file: Path | None, picture: str | None, block: int) -> None:
-    """Train the first episodes, four or fewer, once more, and show what changed inside: a table, JSON lines, a picture."""
-    a, clip = cell.args, cell.clip
-    numbers = list(range(min(4, a.batch or 4, a.episodes or 4)))
-    token_ids, support, query = cell.fetch(numbers)
+def look(args: argparse.Namespace, job: Job, dataset: str, shot: int) -> None:
+    """Train the first tasks, four or fewer, once more; --probe and --draw show what changed inside."""
+    numbers = range(min(4, args.batch or 4, args.episodes or 4))
+    tasks, seeds = [task_of(args, job.pool, shot, n) for n in numbers], [(args.seed, n) for n in numbers]
     with torch.enable_grad():
-        tuned = cell.adapt(numbers, token_ids, support)
-    frozen = cell.adapt(numbers, token_ids, support, method="zero-shot")
-    images, vision, r = cell.queries(query), clip.visual, cell.recipe
-    seen = []
-    for learner in (frozen.eval(), tuned.eval()):
-        final, token_texts = learner.texts()
-        texts = text_to_tokens(token_texts, vision.proj, vision.ln_post, r.text_to_tokens)
-        probe = Probe(texts, token_texts, vision.ln_post, vision.proj, r.rho, r.gamma, r.tir_top, learner.between(token_texts))
-        seen.append((probe, learner.features(images, probe), F.normalize(final.float(), dim=-1)))
-    (before, features, text), (after, tuned_features, tuned_text) = seen
-    if probe_file is not None:
-        rows = compare(before, after, len(numbers))
-        for row in rows if tuned.atha is not None else ():
-            row |= {"alpha": tuned.atha.alpha[:, row["block"]].mean().item(), "beta": tuned.atha.beta[:, row["block"]].mean().item()}
-        wanted = torch.arange(a.way, device=images.device).repeat_interleave(a.query)
-        whole = {"cka_features": linear_cka(features, tuned_features).mean().item()}
-        for name, f, t in (("before", features, text), ("after", tuned_features, tuned_text)):
-            whole[f"modality_gap_{name}"] = modality_gap(f, t).mean().item()
-            whole[f"gap_shift_{name}"] = sum(gap_shift(x, y, wanted, r.scale).item() for x, y in zip(f, t)) / len(numbers)
-        with probe_file.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in [*rows, whole])
-        print(probe_table(rows, whole, len(numbers)))
-    if picture is not None:
-        names = [cell.pool.classes[c].replace("_", " ") for c in cell.pool.episode(0, a.way, cell.shot, a.query, a.seed)[0]]
-        some = range(0, len(query[0]), a.query)                                      # one query a class
-        said = [f"true: {names[i // a.query]}, predicted: {names[tuned_label]}"
-                for i, tuned_label in zip(some, tuned.logits(images)[0, some].argmax(-1).tolist())]
-        masks = [[m[some] for m in probe.masks[block]] for probe in (before, after)]
-        legend = f"orange: head patches, blue: tail patches, at block {block}; left: picture, middle: before tuning, right: after"
-        draw_patches(picture, query[0, some].cpu(), masks, clip.config.image // clip.config.patch, said, legend)
-        print(f"drew {picture}")
+        tuned = trained(job, tasks, seeds, "training once more to look inside")
+    frozen = Learner(job.backbone, tuned.token_ids, "zero-shot", job.recipe)
+    images = tuned.prepare(job.pictures(torch.stack([task.query for task in tasks])))
+    images, seen = images.expand(len(tasks), -1, -1, -1, -1), {}
+    for when, learner in (("before", frozen), ("after", tuned)):
+        text, token_text = learner.eval().text()
+        probe = Probe(token_text, job.backbone.visual, job.recipe)
+        seen[when] = probe, learner.features(images, learner.hook(token_text, probe)), text
+    probes, features, _ = zip(*seen.values())
+    if args.probe:
+        rows, whole = compare(*probes), {"cka_features": linear_cka(*features).mean().item()}
+        for row in rows:
+            for part in tuned.parts:
+                row |= part.report(row["block"])
+        for when, (_, f, text) in seen.items():
+            whole[f"modality_gap_{when}"] = modality_gap(f, text).mean().item()
+            shifts = [gap_shift(x, y, task.truth.to(x.device), job.recipe.scale)
+                      for x, y, task in zip(f, text, tasks)]
+            whole[f"gap_shift_{when}"] = sum(shifts).item() / len(tasks)
+        lines = [json.dumps(row).replace("NaN", "null") + "\n" for row in [*rows, whole]]    # JSON has no NaN
+        name = f"{Path(dataset).name}-{shot}shot-{short(job.method)}-{args.recipe}.probe.jsonl"
+        Path(args.out, name).write_text("".join(lines))
+        print(probe_table(rows, whole, len(tasks)))
+    if args.draw:
+        answers = [learner.logits(images)[0].argmax(-1).tolist() for learner in (frozen, tuned)]
+        draw_first(args, job, tasks[0], probes, answers)
 
 
-# --------------------------------------------------------------------------------------------------- command line
+def draw_first(args: argparse.Namespace, job: Job, task: Task, probes: Sequence[Probe],
+               answers: Sequence[list[int]]) -> None:
+    """Draw a query a class of the first task with its head and tail patches, and what it passed for."""
+    c, truth, (before, after) = job.backbone.config, task.truth.tolist(), answers
+    names = [job.pool.classes[label].replace("_", " ") for label in task.classes]
+    order = sorted(range(len(truth)), key=lambda i: before[i] == after[i])           # changed ones first
+    some = [next(i for i in order if truth[i] == label) for label in sorted(set(truth))]
+    said = [f"true: {names[truth[i]]}; zero-shot: {names[before[i]]}; tuned: {names[after[i]]}" for i in some]
+    block = job.recipe.alpha_block * c.vision_layers // 12 if args.draw_block is None else args.draw_block
+    legend = f"orange: head, blue: tail, before block {block}; picture, zero-shot, tuned"
+    masks = [probe.masks[block][some] for probe in probes]
+    draw_patches(args.draw, job.pool.images[task.query[some]], masks,
+                 side=c.image // c.patch, said=said, legend=legend)
+    print(f"drew {args.draw}")
 
-TOY_CLIP = Path(__file__).parent / "tests" / "toy_clip.safetensors"
+
+# ----------------------------------------------------------------------------------------------- command line
+
+TOY_CLIP = Path(__file__).resolve().parent / "tests" / "toy_clip.safetensors"
 TABLE = ("zero-shot", "clip-lora", "atha", "tir", "svl")
+USES = ("dataset", "fit", "predict", "export")      # of the program: each is asked for by a flag of its name
+ALL, PAIR = " ".join(USES), "dataset fit"
+FLAGS = [    # the uses that read it, the flag, its value as the help shows it, default, help
+    ("dataset", "dataset", "NAME ...", (), f"{', '.join(DATASETS)}, all (the papers' four), all-fsl (the "
+     "eleven few-shot sets), toy, or a folder of class folders"),
+    ("dataset", "shot", "N ...", (1,), "labelled pictures a class (default 1)"),
+    (ALL, "method", "NAME ...", (), f"{', '.join(METHODS)}; FILE.py:NAME, your own; some joined with +; or "
+     f"all: {', '.join(TABLE)} (default atha)"),
+    (PAIR, "recipe", "|".join([*RECIPES, "released"]), None, "released: the trainer that the method came "
+     "with (default paper; with --split clip-lora-fsl)"),
+    ("dataset", "split", "", False, "all classes at once and the whole test split, by seeds, not episodes"),
+    ("dataset", "episodes", "N", None, "default 800 at 1 shot, 400 otherwise, 100 on toy, 3 with --split"),
+    ("dataset", "way", "N", 5, "classes an episode (default 5)"),
+    ("dataset", "query", "N", 15, "query pictures a class (default 15)"),
+    (PAIR, "seed", "INT", 1, "draws the tasks and all chance in them (default 1)"),
+    (ALL, "data", "DIR", "datasets", "where the datasets are (default datasets)"),
+    (ALL, "weights", "PLACE", None, "a file or folder of weights, or hf-hub:org/name (default ViT-B/16, "
+     "downloaded once; toy has its own)"),
+    (ALL, "out", "DIR", "results", "results, from which a rerun goes on (default results)"),
+    (ALL, "device", "NAME", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:N, or, "
+     "untried, mps (default cuda where there is one)"),
+    (ALL, "precision", "float32|bfloat16", None, "of the frozen weights and the arithmetic (default bfloat16 "
+     "on CUDA, else float32)"),
+    (PAIR, "batch", "N", None, "episodes at once; with --fit: pictures (default by free memory)"),
+    (PAIR, "compile", "", False, "torch.compile the vision tower's blocks"),
+    ("dataset", "probe", "", False, "after a run, a table of what changed inside, by block"),
+    ("dataset predict", "draw", "FILE.png", None, "after a run, a picture of head and tail patches; with "
+     "--predict, a sheet of pictures, wrong ones first"),
+    ("dataset", "draw_block", "INT", None, "the block to draw (default where ATHA pulls first)"),
+    ("fit", "fit", "FOLDER", None, "fine-tune once on a folder of class folders"),
+    ("fit", "save", "FILE", None, "where --fit keeps what it learned"),
+    ("fit", "holdout", "INT", 0, "pictures a class that --fit is tested on, not fitted to"),
+    ("fit", "folds", "INT", 0, "before --fit, cross-validate: what to expect of it"),
+    ("fit", "names", "FILE.json", None, "folder name -> phrase for the prompt"),
+    ("predict", "predict", "FILE ...", (), "a saved file, then pictures or folders to classify"),
+    ("predict", "json", "", False, "--predict prints JSON lines"),
+    ("predict", "top", "N", 2, "classes that --predict names (default 2)"),
+    ("export", "export", "FILE ...", (), "a saved file, then the folder to make of it for other libraries"),
+    ("export", "format", "hugging-face|peft", "hugging-face", "of --export: the whole model, or LoRA alone "
+     "(default hugging-face)"),
+]
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+VALUES = {"N": positive, "INT": int, "X": float}               # of flags; all others are texts
+
+
+def add_flag(group, name: str, value: str, default: object, text: str) -> None:
+    """A flag of the command line as a row of FLAGS has it; value: "" for --name and --no-name."""
+    kind = value.removesuffix(" ...")
+    how = {"metavar": kind, "type": VALUES.get(kind, str), "nargs": "+" if kind != value else None}
+    if "|" in value:
+        how = {"choices": value.split("|")}
+    if not value:
+        how = {"action": argparse.BooleanOptionalAction}
+    group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **how)
+
+
+def add_fields(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+    """A flag for every field of a recipe, grouped as the parts are."""
+    groups, values = {}, {bool: "", int: "INT", float: "X", str: "TEXT", tuple: "INT ..."}
+    for f in fields(recipe):
+        title = f"recipe of {', '.join(f.metadata['groups'])} (defaults are the paper's)"
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        value = "|".join(f.metadata["choices"]) or values[type(f.default)]
+        add_flag(group, f.name, value, None, f"{f.metadata['help']} ({str(f.default).strip('()')})")
+
+
+def flagged(args: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The recipe with what was given on the command line."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(recipe)}
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
+    return checked(replace(recipe, **given))
+
+
+USAGE = """train.py --dataset NAME [--shot N] [--method NAME] [options]
+       train.py --fit FOLDER --save FILE [options]
+       train.py --predict FILE PICTURE_OR_FOLDER ..."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:                       # one line, not the usage of fifty flags too
+        raise UsageError(message.removeprefix("argument "))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="train.py", usage="train.py --dataset NAME [--shot N] [--method NAME] [options]\n       train.py --fit FOLDER --save FILE [options]\n       train.py --predict FILE PICTURE_OR_FOLDER ...", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", nargs="+", metavar="NAME", help=f"{', '.join(DATASETS)}, all of these, toy, or a folder of class folders")
-    parser.add_argument("--shot", nargs="+", type=int, metavar="N", default=[1], help="labelled pictures a class (default 1)")
-    parser.add_argument("--method", nargs="+", metavar="NAME", help=f"{', '.join(METHODS)}; some joined with +; or all: {', '.join(TABLE)} (default atha)")
-    parser.add_argument("--recipe", default="paper", choices=["paper", "released", *list(RECIPES)[1:]], help="released: the trainer that the method came with (default paper)")
-    parser.add_argument("--episodes", type=int, metavar="N", help="default 800 at 1 shot, 400 otherwise, 100 on toy")
-    parser.add_argument("--way", type=int, metavar="N", default=5, help="classes an episode (default 5)")
-    parser.add_argument("--query", type=int, metavar="N", default=15, help="query pictures a class (default 15)")
-    parser.add_argument("--seed", type=int, metavar="N", default=1, help="draws the episodes and all chance in them (default 1)")
-    parser.add_argument("--data", default="datasets", metavar="DIR", help="where the datasets are (default datasets)")
-    parser.add_argument("--weights", metavar="FILE", help="our safetensors, a Hugging Face folder or OpenAI's .pt (default ViT-B/16, downloaded once; toy has its own)")
-    parser.add_argument("--out", default="results", metavar="DIR", help="one JSON line an episode goes here; a rerun goes on from it (default results)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N (default cuda where there is one)")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of the frozen weights and the arithmetic (default bfloat16 on CUDA, else float32)")
-    parser.add_argument("--batch", type=int, metavar="N", help="episodes at once; with --fit: pictures at once (default from free memory)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the vision tower's blocks")
-    parser.add_argument("--probe", action="store_true", help="after a run, a table of what changed inside, by block")
-    parser.add_argument("--draw", metavar="FILE.png", help="after a run, a picture of head and tail patches")
-    parser.add_argument("--draw-block", type=int, metavar="N", help="the block to draw (default: where ATHA pulls first)")
+    """The command line, with what follows from it filled in. Raises UsageError for what cannot be meant."""
+    parser = Parser(prog="train.py", usage=USAGE, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     own = parser.add_argument_group("your own pictures")
-    own.add_argument("--fit", metavar="FOLDER", help="fine-tune once on a folder of class folders")
-    own.add_argument("--save", metavar="FILE", help="where --fit keeps what it learned")
-    own.add_argument("--holdout", type=int, default=0, metavar="N", help="pictures a class that --fit keeps back, to report accuracy on")
-    own.add_argument("--names", metavar="FILE.json", help="folder name -> phrase for the prompt")
-    own.add_argument("--predict", nargs="+", metavar="FILE", help="a saved file, then pictures or folders to classify")
-    own.add_argument("--json", action="store_true", help="--predict prints JSON lines")
-    group = parser.add_argument_group("recipe (defaults shown are the paper's)")
-    choices = {"augment": ["none", "crop", "views"], "text_to_tokens": ["paper", "released"], "ra": ["paper", "released"]}
-    kinds = {"bool": {"action": argparse.BooleanOptionalAction}, "tuple[int, ...]": {"type": int, "nargs": "+", "metavar": "N"},
-             "int": {"type": int, "metavar": "N"}, "float": {"type": float, "metavar": "X"}, "str": {"metavar": "TEXT"}}
-    for f in fields(Recipe):
-        kind = {"choices": choices[f.name]} if f.name in choices else kinds[f.type]
-        default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-        group.add_argument(f"--{f.name.replace('_', '-')}", help=f"{f.metadata['help']} ({default})", **kind)
+    for users, *flag in FLAGS:
+        add_flag(parser if "dataset" in users else own, *flag)
     if not argv:
         parser.exit(0, __doc__)
-
-    def refuse(message: str) -> None:                                    # one line, not the usage of fifty flags before it
-        raise UsageError(message)
-    parser.error = refuse
+    asked = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].method
+    theirs = [own_part(name) for name in "+".join(asked).split("+") if ":" in name]
+    add_fields(parser, extended(Recipe(), theirs))               # a method of the user's own may bring fields
     args = parser.parse_args(argv)
-    if bool(args.dataset) + bool(args.fit) + bool(args.predict) != 1:
-        parser.error("give one of --dataset, --fit and --predict")
-    for name, least in {"way": 1, "query": 1, "shot": 1, "episodes": 1, "batch": 1, "steps": 1, "rank": 1, "minibatch": 0, "holdout": 0}.items():
-        given = getattr(args, name)
-        if given is not None and min(given if isinstance(given, list) else [given]) < least:
-            parser.error(f"--{name} must be at least {least}")
-    args.dataset = list(DATASETS) if args.dataset == ["all"] else args.dataset or []
-    default = ["zero-shot", "atha"] if args.dataset == ["toy"] else ["atha"]
-    args.method = list(TABLE) if args.method == ["all"] else args.method or default
-    for method in args.method:
-        switches(method)
-    if args.fit and not args.save:
-        parser.error("--fit needs --save FILE")
-    if args.fit and len(args.method) > 1:
-        parser.error("--fit takes one method")
-    for name in ("save", "holdout", "names"):
-        if getattr(args, name) and not args.fit:
-            parser.error(f"--{name} goes with --fit")
-    if args.draw and len(args.dataset) * len(args.shot) * len(set(args.method) - {"zero-shot"}) != 1:
-        parser.error("--draw makes one picture: give one dataset, one shot and one method")
-    args.precision = args.precision or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    uses = [use for use in USES if use in given]
+    if len(uses) != 1:
+        raise UsageError(f"give one of --{', --'.join(USES)}")
+    readers = {name: users.split() for users, name, *_ in FLAGS}
+    for name in given:
+        if uses[0] not in (users := readers.get(name, PAIR.split())):
+            raise UsageError(f"--{name.replace('_', '-')} goes with --{' or --'.join(users)}")
+    fill_in(args)
+    check(args)
     return args
 
 
-def run(args: argparse.Namespace) -> int:
-    name = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" and "LOCAL_RANK" in os.environ else args.device
+def fill_in(args: argparse.Namespace) -> None:
+    """What follows from the rest."""
+    sets = {"all": data.PAPERS, "all-fsl": data.FSL}
+    args.dataset = [name for given in args.dataset for name in sets.get(given, [given])]
+    default = ["zero-shot", "atha"] if args.dataset == ["toy"] else ["atha"]
+    args.method = [name for given in args.method or default
+                   for name in (TABLE if given == "all" else [given])]
+    args.recipe = args.recipe or ("clip-lora-fsl" if args.split else "paper")
+    usual = "bfloat16" if args.device.startswith("cuda") and not args.export else "float32"
+    args.precision = args.precision or usual
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be meant."""
+    tuned = [(d, s, m) for d in args.dataset for s in args.shot for m in {*args.method} - {"zero-shot"}]
+    wrong = {
+        "--seed and --holdout are numbers from 0 up": not 0 <= args.seed < 2 ** 63 or args.holdout < 0,
+        "--folds is a number from 2 up, and takes the place of --holdout":
+            args.folds < 0 or args.folds == 1 or args.folds and args.holdout,
+        "--fit needs --save FILE": args.fit and not args.save,
+        "--fit takes one method": args.fit and len(args.method) > 1,
+        "--draw makes one picture: give one dataset, one shot and one method":
+            args.draw and args.dataset and len(tuned) != 1,
+        "--draw takes a name such as look.png":
+            args.draw and Path(args.draw).suffix.lower() not in IMG_EXTENSIONS,
+        "--export takes a saved file and the folder to make": len(args.export) not in (0, 2),
+    }
+    for message in filter(wrong.get, wrong):
+        raise UsageError(message)
+    for method in args.method:
+        parts_of(method)
+
+
+def begin(args: argparse.Namespace) -> tuple[CLIP, Tokenizer]:
+    """The weights on their device; what can be refused before the work is refused here. Raises UsageError."""
+    name = args.device
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
+        torch.zeros(1, device=device).item()                     # a device without numbers (meta) is none
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise UsageError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
-    for path in filter(None, (args.fit, args.predict and args.predict[0])):          # a slip of the pen should not cost a download
-        if not Path(path).exists():
-            raise UsageError(f"there is no {path}")
-    if args.fit and not Path(args.fit).is_dir():
+    if args.fit and not Path(args.fit).is_dir():                 # a slip should not cost a download
         raise UsageError(f"--fit {args.fit}: it takes a folder of class folders")
-    args.compile = args.compile and compile_works(device)
-    torch.backends.cudnn.allow_tf32 = False                                          # float32 means float32
     for dataset in args.dataset:
-        data.check(dataset, args.data)
+        data.check(dataset, args.data, split=args.split)
+    args.compile = args.compile and compile_works(device)
+    torch.backends.cudnn.allow_tf32 = False                      # float32 means float32
     weights = args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
-    clip, tokenizer = clip_min.load(weights, device, getattr(torch, args.precision))
-    if device.type == "cpu" and clip.config.vision_width >= 512:                     # small matrices gain nothing
+    for saved in (args.predict or args.export)[:1]:
+        weights = weights or weights_of(saved)
+    backbone, tokenizer = clip_min.load(weights, device, getattr(torch, args.precision))
+    if device.type == "cpu" and backbone.config.vision_width >= 512:             # small matrices gain nothing
         multiply_fast()
     if args.draw:
         check_writable(Path(args.draw))
-        if Path(args.draw).suffix.lower() not in IMG_EXTENSIONS or not 0 <= (args.draw_block or 0) < clip.config.vision_layers:
-            raise UsageError(f"--draw takes a name such as look.png, and --draw-block 0 to {clip.config.vision_layers - 1}")
-    if args.predict:
-        return predict(args, clip, tokenizer)
+    if not 0 <= (args.draw_block or 0) < backbone.config.vision_layers:
+        raise UsageError(f"--draw-block takes 0 to {backbone.config.vision_layers - 1}")
+    return backbone, tokenizer
+
+
+def run(args: argparse.Namespace) -> int:
+    backbone, tokenizer = begin(args)
     if args.fit:
-        return fit(args, clip, tokenizer) or 0
+        return fit(args, backbone, tokenizer)
+    if saved := args.predict or args.export:
+        learner = load_tuned(saved[0], backbone, tokenizer, own="+".join(args.method).split("+"))
+        return (predict if args.predict else export)(args, learner)
     cells, first = {}, rank_and_size()[0] == 0
     for dataset in args.dataset:
         pool = data.load(dataset, args.data)
-        for shot in args.shot:
-            for method in args.method:
-                begun = time.monotonic()
-                cell = Cell(args, clip, tokenizer, pool, dataset, shot, method)
-                accuracies = cell.run()
-                mean, interval = cells[method, shot, dataset] = mean_and_interval(accuracies)
-                if first:
-                    paper = paper_figure(method, shot, dataset)
-                    print(f"{dataset} {args.way}-way {shot}-shot {method} ({args.recipe}): {mean:.2f} ± {interval:.2f} % over {len(accuracies)} episodes, "
-                          f"{time.monotonic() - begun:.0f} s" + (f" (paper: {paper})" if paper and args.way == 5 else ""), flush=True)
-                    if (args.probe or args.draw) and method != "zero-shot":
-                        block = at_depth(cell.recipe.alpha_block, clip.config.vision_layers) if args.draw_block is None else args.draw_block
-                        look(cell, Path(args.out) / f"{Path(dataset).name}-{shot}shot-{method}-{args.recipe}.probe.jsonl" if args.probe else None, args.draw, block)
+        for shot, method in product(args.shot, args.method):
+            recipe, begun = recipe_for(args.recipe, method, shot, dataset), time.monotonic()
+            if args.split and pool.prompt:
+                recipe = replace(recipe, prompt=pool.prompt)
+            job = make_job(args, backbone, tokenizer, pool, flagged(args, recipe), method)
+            found = cells[method, shot, dataset] = run_job(args, job, dataset, shot)
+            if first:
+                kind, many = ("all classes", "seeds") if args.split else (f"{args.way}-way", "episodes")
+                paper = "" if args.split or args.way != 5 else paper_figure(method, shot, dataset)
+                paper, took = paper.replace("(", "(paper: "), time.monotonic() - begun
+                print(f"{dataset} {kind} {shot}-shot {method} ({args.recipe}): {in_short(found.values())} % "
+                      f"over {len(found)} {many}, {took:.0f} s{paper}", flush=True)
+            if first and (args.probe or args.draw) and method != "zero-shot":
+                look(args, job, dataset, shot)
     if first and len(cells) > 1:
         print(markdown(cells))
     return 0
 
 
 def multiply_fast() -> None:
-    """Let oneDNN multiply float32 matrices where that is still float32: on AMD's CPUs it is twice as fast as MKL for large ones.
+    """Let oneDNN multiply float32 matrices where that is still float32: on AMD's CPUs twice as fast as MKL.
 
     The switch is named for bfloat16, and on CPUs with matrix units it does round: there it is set back.
     """
@@ -856,30 +1467,44 @@ def compile_works(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         return True
-    except Exception as e:                                               # whatever is missing here, plain PyTorch goes on
-        print(f"--compile does not work here ({str(e).strip().splitlines()[0]}): going on without", file=sys.stderr)
+    except Exception as e:                                   # whatever is missing here, plain PyTorch goes on
+        progress(f"--compile does not work here ({str(e).split(chr(10))[0]}): going on without", last=True)
         return False
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a request that cannot be met, said in one line."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")            # a file's name need not be text
     try:
         args = parse(argv)
-        if rank_and_size()[1] > 1:
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))      # only to wait: the parts never talk
+        if rank_and_size()[1] > 1:                               # to wait for each other and gather results
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
         return run(args)
-    except (UsageError, clip_min.WeightsError, DataError) as e:
-        progress(f"train.py: error: {e}", last=True)                     # takes the place of an unfinished line
-        return 2
-    except BrokenPipeError:                                              # ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:                                      # ... | head
         return 1
+    except (UsageError, clip_min.WeightsError, DataError, OSError, MemoryError) as e:
+        progress(f"train.py: error: {str(e) or 'out of memory'}", last=True)
+        return 2
     except KeyboardInterrupt:
-        kept = "finished episodes are kept, and the same command goes on from there" if any(word.startswith("--dataset") for word in argv) else "nothing was saved"
-        print(f"\nstopped; {kept}", file=sys.stderr)
+        kept = "finished episodes are kept, and the same command goes on from there"
+        progress(f"stopped; {kept if '--dataset' in ' '.join(argv) else 'nothing was saved'}", last=True)
         return 130
 
 
+def command_line() -> None:
+    """`main` as a process: a polite request to end is Ctrl-C, and nobody listening any more is no error."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = main()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:                                          # full or closed: Python would try again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line()

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.utils import save_image
 
 import clip_min
+from atha import add_lora
 from clip_min import CLIP, CLIPConfig, Tokenizer, convert, load
 
 GOLDEN = load_file(HERE / "golden" / "clip_openai_tiny.safetensors")
@@ -65,8 +66,10 @@ def source(kind, folder):
 
 @pytest.mark.parametrize("kind", ["torchscript", "hugging-face", "safetensors"])
 @pytest.mark.parametrize("converted", [False, True])
-def test_features_equal_openais_through_every_format(kind, converted, tmp_path):
+def test_features_equal_openais_through_every_format(kind, converted, tmp_path, monkeypatch):
     path = source(kind, tmp_path)
+    if kind == "torchscript":                                            # as if OpenAI had published it
+        monkeypatch.setattr(clip_min, "OPENAI_SHA256", {clip_min.sha256_of(path)})
     if converted:
         convert(path, tmp_path / "ours.safetensors")
         path = tmp_path / "ours.safetensors"
@@ -145,3 +148,43 @@ def test_classify_and_convert_on_the_command_line(tmp_path, monkeypatch, capsys)
         clip_min.main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "b")])
     error = capsys.readouterr().err
     assert error.startswith("clip_min.py: error: no weights at") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", [None, "hf-siglip2"])
+def test_the_last_block_gives_out_only_what_is_pooled(name, toy):
+    """Exactly what all tokens would give, and less work."""
+    backbone, _ = toy if name is None else load(HERE / "golden" / "backbones" / name)
+    size, ids = backbone.config.image, torch.tensor([[5, 7, 513 if name is None else 1, 0, 0, 0]])
+    images, tower = torch.randn(2, 3, size, size), backbone.visual if name is None else backbone
+    run = (lambda: backbone.visual(images)) if name is None else (lambda: backbone.encode_text(ids))
+    last = tower.transformer.resblocks[-1]
+    seen, handle = [], last.mlp.register_forward_hook(lambda _, x, y: seen.append(y.shape[1]))
+    few, last.rows, rows = run(), slice(None), last.rows
+    same(few, run(), 1e-6)
+    last.rows = rows
+    handle.remove()
+    assert seen == [1, 37 if name is None else 6]
+
+
+@pytest.mark.parametrize("activation", clip_min.ACTIVATIONS)
+def test_activations_and_their_gradients(activation):
+    """The MLP with the activation as it is written down, in double precision."""
+    written = {"quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
+               "gelu": lambda y: y * torch.special.ndtr(y),
+               "gelu_pytorch_tanh": lambda y: y * torch.sigmoid((8 / torch.pi) ** 0.5 * (y + 0.044715 * y ** 3))}
+    mlp, x = clip_min.MLP(8, activation).double(), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    wanted = mlp.c_proj(written[activation](mlp.c_fc(x)))
+    same(mlp(x), wanted, 1e-12)
+    same(torch.autograd.grad(mlp(x).sin().sum(), x)[0], torch.autograd.grad(wanted.sin().sum(), x)[0], 1e-12)
+
+
+def test_the_mlp_takes_adapters():
+    """In one of its layers or both; they start from zero, so nothing changes yet, and then it does."""
+    x = torch.randn(2, 3, 8)
+    for targets in (["c_fc"], ["c_proj"], ["c_fc", "c_proj"]):
+        mlp = clip_min.MLP(8, "quick_gelu")
+        wanted = mlp(x)
+        adapters = add_lora(mlp, rank=2, dropout=0, targets=targets)
+        same(mlp(x), wanted, 1e-5)
+        nn.init.ones_(adapters[targets[0]].B)
+        assert not torch.allclose(mlp(x), wanted, atol=1e-3)

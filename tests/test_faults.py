@@ -1,5 +1,6 @@
 """Faults, scale-out and determinism: what a run survives, and what it says about what it cannot use. Needs no network."""
-import errno, hashlib, json, multiprocessing, os, random, re, signal, socket, subprocess, sys, threading, time, zipfile
+import contextlib, errno, fcntl, hashlib, itertools, json, multiprocessing, os, random, re, resource, select, signal, socket
+import struct, subprocess, sys, termios, threading, time, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,16 +234,16 @@ def test_batch_size_changes_nothing(method, episodes):
 
 
 def test_out_of_memory_halves_the_batch(episodes, world, monkeypatch, capsys):
-    tried, whole = [], train.Cell.train
+    tried, whole = [], train.try_tasks
 
-    def small(cell, numbers, fetched):
-        tried.append(len(numbers))
-        if len(numbers) > 1:
+    def small(job, tasks, seeds, told):
+        tried.append(len(tasks))
+        if len(tasks) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return whole(cell, numbers, fetched)
-    monkeypatch.setattr(train.Cell, "train", small)
+        return whole(job, tasks, seeds, told)
+    monkeypatch.setattr(train, "try_tasks", small)
     assert_same(episodes("--batch", 4), world.records)
-    assert tried[:3] == [4, 2, 1] and "2 episodes at once from here on" in capsys.readouterr().err
+    assert tried[:3] == [4, 2, 1] and "2 episodes at a time from here on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, words", [(["--dataset", "toy"], "finished episodes are kept"), (["--fit", "x", "--save", "y"], "nothing was saved")])
@@ -258,7 +259,7 @@ def test_two_processes_build_one_cache(world, fork, tmp_path, monkeypatch):
     barrier, logs = fork.barrier(2), [tmp_path / "0", tmp_path / "1"]
     runs = [fork(load_child, barrier, log, tmp_path / "cache", world.pictures) for log in logs]
     assert [run.join(60) or run.exitcode for run in runs] == [0, 0]
-    assert sum("decoding pictures" in log.read_text() for log in logs) == 1 and len(kept(tmp_path / "cache")) == 1
+    assert sum("decoding" in log.read_text() for log in logs) == 1 and len(kept(tmp_path / "cache")) == 1
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     assert holds(data.load(str(world.pictures)), world.pictures)
 
@@ -268,7 +269,10 @@ def cut(share: float):
 
 
 DAMAGE = {
-    "cut to nothing": cut(0), "cut in the header": cut(0.0001), "cut in the pictures": cut(0.7),
+    "cut to nothing": cut(0), "cut in the pictures": cut(0.7), "cut in the fingerprint": cut(0.9999999),
+    "longer": lambda cache, folder: cache.write_bytes(cache.read_bytes() + b"x"),
+    "of other pictures": lambda cache, folder: cache.write_bytes(cache.read_bytes()[:-3] + b"abc"),
+    "a pipe": lambda cache, folder: (cache.unlink(), os.mkfifo(cache)),
     "another's safetensors": lambda cache, folder: save_file({"images": torch.zeros(3)}, cache),
     "a picture changed": lambda cache, folder: Image.new("RGB", (48, 48)).save(folder / "circle" / "00.png"),
     "a picture less": lambda cache, folder: (folder / "circle" / "00.png").unlink(),
@@ -281,12 +285,12 @@ def test_cache_is_rebuilt(damage, tmp_path, own_cache, capsys):
     """A cache cut short, or of other files, is noticed; one that fits is used."""
     folder = draw_pictures(tmp_path / "pictures", classes=2, each=3)
     data.load(str(folder))
-    place, = own_cache.glob("*.safetensors")
+    place, = own_cache.glob("*.u8")
     DAMAGE[damage](place, folder)
     capsys.readouterr()
     for decodes in (True, False):
         assert holds(data.load(str(folder)), folder)
-        assert ("decoding" in capsys.readouterr().err) == decodes
+        assert ("decoding" in capsys.readouterr().err) == decodes and len(kept(own_cache)) == 1
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
@@ -301,7 +305,7 @@ def test_read_only_dataset(number, tmp_path, own_cache, monkeypatch, capsys):
     monkeypatch.setattr(data, "open", guarded, raising=False)
     before = sorted(tmp_path.rglob("*"))
     assert holds(data.load("cropdiseases", tmp_path), folder)
-    said(re.sub(r"\rdecoding.*", "", capsys.readouterr().err), tmp_path / "CropDiseases", own_cache)
+    said(re.sub(r"decoding.*", "", capsys.readouterr().err), tmp_path / "CropDiseases", own_cache)
     assert holds(data.load("cropdiseases", tmp_path), folder)
     assert capsys.readouterr().err == "" and sorted(tmp_path.rglob("*")) == before
 
@@ -316,12 +320,154 @@ def test_a_dataset_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
         asked.append(target)
         if len(asked) == 1:
             raise zipfile.BadZipFile("cut short")
-    monkeypatch.setitem(data.DATASETS, "eurosat", (*data.DATASETS["eurosat"][:3], source))
+    monkeypatch.setitem(data.DATASETS, "eurosat", data.DATASETS["eurosat"]._replace(fetch=source))
     with pytest.raises(data.DataError, match="cannot download eurosat .cut short.* put it at"):
         data.load("eurosat", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [".eurosat.part.lock"]
     draw_pictures(asked[0] / "2750", 3, 3)                               # as after a kill
     assert len(data.load("eurosat", tmp_path).images) == 4 and len(asked) == 2
+
+
+@pytest.mark.parametrize("signum, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_decoding_stops_at_once_and_leaves_no_part(signum, error, tmp_path, own_cache, monkeypatch):
+    """Where the signal is an exception of the main thread, as train.py makes it: hundreds of pictures are left undone."""
+    folder, taken, whole = draw_pictures(tmp_path / "pictures", classes=6, each=60), itertools.count(), data.decode
+
+    def slow(path, size):
+        number = next(taken)                                             # of one thread alone
+        time.sleep(0.02)
+        if number == 20:
+            os.kill(os.getpid(), signum)
+        return whole(path, size)
+    monkeypatch.setattr(data, "decode", slow)
+    before = signal.signal(signum, lambda *_: signal.default_int_handler(2, None) if signum == signal.SIGINT else sys.exit(143))
+    try:
+        with pytest.raises(error):
+            data.load(str(folder))
+    finally:
+        signal.signal(signum, before)
+    assert kept(own_cache) == [] and next(taken) < 80
+    monkeypatch.setattr(data, "decode", whole)
+    assert holds(data.load(str(folder)), folder) and threading.active_count() == 1
+
+
+def test_a_killed_run_s_part_is_replaced(tmp_path, own_cache):
+    folder = draw_pictures(tmp_path / "pictures", classes=2, each=3)
+    data.load(str(folder))
+    place, = own_cache.glob("*.u8")
+    place.rename(f"{place}.part")
+    assert holds(data.load(str(folder)), folder) and kept(own_cache) == [place.name]
+
+
+def test_full_disk(tmp_path, own_cache):
+    """One line that says how much is wanted and where, and nothing half-written."""
+    folder = draw_pictures(tmp_path / "pictures", classes=2, each=3)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        with pytest.raises(data.DataError, match=f"0.0 GB. in {own_cache}: File too large; XDG_CACHE_HOME"):
+            data.load(str(folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert kept(own_cache) == []
+
+
+@pytest.mark.parametrize("without", ["fcntl", "locks"])
+def test_a_system_without_locks(without, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(data, "fcntl", None if without == "fcntl" else SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4))
+    folder = draw_pictures(tmp_path / "pictures", classes=2, each=3)
+    assert holds(data.load(str(folder)), folder)
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    """Of files, and of the folder that holds all: nothing is wrong with them. Of a class: no text can be made of it."""
+    folder = draw_pictures(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9t\xe9")), classes=2, each=2)
+    os.rename(folder / "circle" / "00.png", os.fsencode(folder) + b"/circle/\xff\n.png")
+    pool = data.load(str(folder))
+    assert len(pool.images) == 4 and len(data.load(str(folder)).images) == 4
+    with pytest.raises(data.DataError) as e:
+        data.decode(folder / "none.png", 8)
+    data.progress(f"error: {e.value}", last=True)
+    assert "\\udce9t\\udce9" in capsys.readouterr().err.splitlines()[-1]
+    os.rename(folder / "circle", os.fsencode(folder) + b"/c\xff")
+    with pytest.raises(data.DataError, match="not UTF-8"):
+        data.load(str(folder))
+
+
+NOBODY = """import os, pwd
+def unknown(*_):
+    raise KeyError("no such user")
+pwd.getpwuid = unknown
+import data
+print(data.CACHE)"""
+
+
+def test_a_user_without_a_name_and_without_home():
+    run = subprocess.run([sys.executable, "-c", NOBODY], env={"PATH": os.environ["PATH"], "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == (".cache/atha\n", "")
+
+
+# ----------------------------------------------------------------------------------------------------------- progress
+
+def on_terminal(monkeypatch, columns: int, *calls) -> str:
+    """What progress writes on a terminal of so many columns."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(slave, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        for call in calls:
+            data.progress(*call)
+        text = b""
+        while select.select([master], [], [], 0.2)[0]:                   # it comes in pieces
+            text += os.read(master, 10000)
+    os.close(master)
+    return text.decode()
+
+
+def test_progress_fits_the_terminal_and_is_written_over(monkeypatch):
+    text = on_terminal(monkeypatch, 20, ("x" * 50,), ("7 s left, decoding pictures: 3 of 70",), ("an error that is long, and whole", True))
+    assert text.split("\r\x1b[K") == ["", "x" * 19, "7 s left, decoding ", "an error that is long, and whole\r\n"]
+    assert on_terminal(monkeypatch, 0, ("y" * 100,)) == "\r\x1b[K" + "y" * 79, "a terminal that does not know its width"
+
+
+def test_progress_shows_control_characters_escaped(monkeypatch, capsys):
+    data.progress("a\x1b[31mb\nc\udcffd\u202ee é ± 葉")
+    assert capsys.readouterr().err == "a\\x1b[31mb\\nc\\udcffd\\u202ee é ± 葉\n"
+    assert "\\x07" in on_terminal(monkeypatch, 80, ("\x07",))
+
+
+@pytest.mark.parametrize("stream", ["none", "closed", "ascii", "full"])
+def test_progress_never_ends_a_run(stream, monkeypatch, tmp_path):
+    if stream == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    file = None if stream == "none" else open("/dev/full" if stream == "full" else tmp_path / "log", "w", encoding="ascii", errors="strict")
+    if stream == "closed":
+        file.close()
+    monkeypatch.setattr(sys, "stderr", file)
+    data.progress("± 葉")
+    data.progress("the end", last=True)
+    if stream == "ascii":
+        file.close()
+        assert (tmp_path / "log").read_text() == "\\xb1 \\u8449\nthe end\n"
+    if stream == "full":
+        with contextlib.suppress(OSError):
+            file.close()
+
+
+def test_progress_is_heard_of_slow_work_with_the_time_left_first(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
+    assert list(data.told("abcd", 4, "reading")) == list("abcd")
+    assert capsys.readouterr().err == "9 s left, 1 of 4, reading\n6 s left, 2 of 4, reading\n3 s left, 3 of 4, reading\nreading: 4 of 4, 12 s\n"
+
+
+def test_work_whose_first_part_is_slow_is_heard_of_at_once_and_quick_work_never(monkeypatch, capsys):
+    monkeypatch.setattr(data.time, "monotonic", lambda: 0.0)
+    assert list(data.told("abcd", 4, "reading")) == list("abcd") and capsys.readouterr().err == ""
+    data.Clock("training", 9).tell(0, "step 0 of 9")
+    assert capsys.readouterr().err == "training: step 0 of 9\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -368,7 +514,7 @@ def test_download_that_fails(answer, server, own_cache, tmp_path, capsys):
     """Two lines say what was fetched and why it failed, nothing half-written stays, the next attempt works and is the last."""
     server.answer, argv = answer, ["--dataset", draw_pictures(tmp_path / "p", 2, 2)]
     assert train.main([str(a) for a in argv]) == 2
-    announced, *error = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line and not re.search(" MB of |decoding", line)]
+    announced, *error = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line and not re.search("B/s]|decoding", line)]
     assert announced.startswith("downloading ") and server.url in announced
     said("\n".join(error), "train.py: error: ", server.url)
     assert not [name for name in kept(own_cache) if "ViT" in name]
@@ -386,7 +532,7 @@ def test_download_killed(server, fork, own_cache, tmp_path):
     server.go.clear()
     barrier = fork.barrier(1)
     run = fork(load_child, barrier, tmp_path / "log", own_cache, None, server.url, SHA256)
-    wait_for(lambda: any(p.suffix == ".part" for p in own_cache.glob("*")))
+    wait_for(lambda: any(p.suffix == ".partial" for p in own_cache.glob("*")))
     run.kill()
     run.join()
     server.go.set()

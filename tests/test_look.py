@@ -20,9 +20,10 @@ def test_probe_tells_what_changed_and_draw_shows_it(tmp_path, capsys):
     for row in blocks:
         assert row["head_before"] > row["neutral_before"] > row["tail_before"]
     assert blocks[2]["alpha"] == pytest.approx(0.8, abs=0.02), "block 8 of 12 is block 2 of 4"
-    assert blocks[2]["head_after"] > blocks[2]["head_before"] + 0.1, "pulled towards the class texts"
+    assert blocks[2]["head_after"] == pytest.approx(blocks[2]["head_before"], abs=0.05), "seen before the pull"
+    assert blocks[3]["head_after"] > blocks[3]["head_before"] + 0.1, "pulled towards the class texts"
     picture = pil_to_tensor(pil_loader(str(tmp_path / "look.png"))).float()
-    panels = picture[:, 24:216, :].split(196, 2)                          # picture, before, after of the first query
+    panels = picture[:, 24:168, :].split(148, 2)                          # picture, before, after of the first query
     colour = [(panel[0] - panel[2]).abs().gt(40).float().mean().item() for panel in panels]
     assert colour[0] == 0 and all(0.05 < share < 0.3 for share in colour[1:]), "a sixth of the patches is tinted, the picture is not"
 
@@ -33,8 +34,16 @@ def test_probe_under_the_released_recipe_whose_sequence_grows(tmp_path, capsys):
     assert "nan" not in capsys.readouterr().out
 
 
+def test_a_mean_of_nothing_is_null_in_the_file_and_a_dash_in_the_table(tmp_path, capsys):
+    assert train.main(["--dataset", "toy", "--method", "atha", "--rho", "0", "--episodes", "1", "--steps", "1", "--out", str(tmp_path), "--probe"]) == 0
+    assert "     - ->      -" in capsys.readouterr().out
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in next(tmp_path.glob("*.probe.jsonl")).read_text().splitlines()]
+    assert rows[0]["head_before"] is None and rows[0]["tail_before"] is not None
+
+
 def test_head_is_orange_and_tail_blue_where_they_are(tmp_path):
     head, tail = (torch.arange(5)[None] == i for i in (1, 4))            # a copied [CLS], then 2 x 2 patches
-    atha.draw_patches(str(tmp_path / "x.png"), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [[head, tail]], 2, ["said"], "legend")
-    panel = pil_to_tensor(pil_loader(str(tmp_path / "x.png")))[:, 24:216, 196:]
-    assert [panel[:, i, i].tolist() for i in (40, 150)] == [[128, 70, 0], [0, 55, 128]] and panel[:, 40, 150].sum() == 0
+    atha.draw_patches(str(tmp_path / "x.png"), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [torch.stack([head, tail], 1)], 2, ["said"], "legend")
+    panel = pil_to_tensor(pil_loader(str(tmp_path / "x.png")))[:, 24:168, 148:]
+    seen = [panel[:, i, i].tolist() for i in (30, 110)]
+    assert seen == [pytest.approx([128, 70, 0], abs=1), pytest.approx([0, 55, 128], abs=1)] and panel[:, 30, 110].sum() == 0

@@ -1,5 +1,6 @@
 """The formulas of atha.py against golden vectors of the released code, naive twins, and cases whose value is known."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import atha
-from atha import (LoRA, Probe, add_lora, atha_step, gap_shift, linear_cka, modality_gap, ra_loss, svl_loss, text_to_tokens,
-                  tir_step, tir_weights)
+from atha import (LoRA, Probe, add_lora, atha_step, compare, domain_similarity, gap_shift, linear_cka, lv_loss, mask_sinks,
+                  modality_gap, ra_loss, svl_loss, text_to_tokens, tir_step, tir_weights, tir_weights_simple)
+from train import Recipe
 
 VECTORS = load_file(HERE / "golden" / "methods.safetensors")
 
@@ -147,8 +149,14 @@ def test_modality_gap_and_gap_shift_of_made_sets():
     image = F.normalize(text5 + torch.tensor([0, 0, 0, 0, 3.0]), dim=-1)[labels]        # all pictures pushed the same way
     assert modality_gap(image, text5) > 0.5 and gap_shift(image, text5, labels, 10) > 0.1, "closing the gap helps"
     half = (image.mean(0) - text5.mean(0)) / 2
-    now, closed = (F.cross_entropy(10 * F.normalize(image - s * half, dim=-1) @ F.normalize(text5 + s * half, dim=-1).T, labels) for s in (0, 1))
-    assert gap_shift(image, text5, labels, 10, reach=1, steps=2).item() == pytest.approx((now - closed).item())
+    shifted = [F.cross_entropy(10 * F.normalize(image - s / 10 * half, dim=-1) @ F.normalize(text5 + s / 10 * half, dim=-1).T, labels).item()
+               for s in range(-20, 21)]
+    assert gap_shift(image, text5, labels, 10).item() == pytest.approx(shifted[20] - min(shifted), rel=1e-4)
+
+
+def tower(width):
+    """What a diagnostic asks of a vision tower, with token space and image space the same."""
+    return SimpleNamespace(first_patch=1, ln_post=nn.Identity(), proj=torch.eye(width))
 
 
 def test_probe_counts_the_classes_that_mark_a_token():
@@ -156,10 +164,74 @@ def test_probe_counts_the_classes_that_mark_a_token():
     tokens[0, 1:, :] = torch.eye(4)[[0, 0, 0, 1, 1, 1, 2, 2, 2, 2]]       # patches 0-2 lie on class 0, 3-5 on class 1, the rest on neither
     tokens[0, 7:] *= 5
     text = torch.tensor([[[1, 0, -1, 0], [0, 1, -1, 0.0]]])
-    probe = Probe(text, text, nn.Identity(), torch.eye(4), rho=0.3, gamma=0.4, top=0.3)
+    probe = Probe(text, tower(4), Recipe(rho=0.3, gamma=0.4, tir_top=0.3))
     assert torch.equal(probe(tokens, 0), tokens), "it changes nothing"
-    assert probe.share[0].tolist() == pytest.approx([0.4, 0.6, 0.0]) and probe.norm[0][:2].tolist() == pytest.approx([5, 1])
-    assert probe.head[0].item() == pytest.approx(0.7071, abs=1e-3) and probe.tail[0].item() == pytest.approx(-0.7071, abs=1e-3)
-    assert probe.neutral[0].item() == pytest.approx(0.7071, abs=1e-3)
-    head, tail = probe.masks[0]
+    row, (head, tail) = {name: x[0].tolist() for name, x in probe.rows[0].items()}, probe.masks[0].unbind(1)
+    assert row["share"] == pytest.approx([0.4, 0.6, 0.0]) and row["norm"][:2] == pytest.approx([5, 1])
+    assert math.isnan(row["norm"][2]), "no token, no length"
+    half = 0.5 ** 0.5
+    assert [row[name] for name in ("all", "head", "neutral", "tail")] == pytest.approx([0.2 * half, half, half, -half], abs=1e-5)
     assert tail[0].tolist() == [False] * 6 + [True] * 4 and head.sum() == 3
+
+
+def test_probe_and_comparison_are_means_over_episodes():
+    torch.manual_seed(0)
+    text, tokens, other = torch.randn(2, 3, 8), torch.randn(6, 13, 8), torch.randn(6, 13, 8)
+    recipe = Recipe(tir_top=0.5)
+    both, alone = Probe(text, tower(8), recipe), [Probe(text[e: e + 1], tower(8), recipe) for e in range(2)]
+    both(tokens, 0)
+    for e, probe in enumerate(alone):
+        probe(tokens[3 * e: 3 * e + 3], 0)
+        assert all(torch.allclose(x[e], probe.rows[0][name][0], equal_nan=True) for name, x in both.rows[0].items())
+    after = Probe(text, tower(8), recipe)
+    after(other, 0)
+    row, = compare(both, after)
+    assert row["block"] == 0 and row["all_before"] == pytest.approx(both.rows[0]["all"].mean().item())
+    assert row["cka"] == pytest.approx(linear_cka(tokens.mean(1).view(2, 3, 8), other.mean(1).view(2, 3, 8)).mean().item())
+    nothing = Probe(text[:1, :1], tower(8), Recipe(rho=0.0, gamma=0.0))
+    nothing(tokens[:1], 0)
+    row, = compare(nothing, nothing)
+    assert math.isnan(row["head_before"]) and math.isnan(row["tail_after"]) and row["all_before"] == row["neutral_after"]
+
+
+def test_masking_sets_to_zero_what_every_class_marks_and_at_its_blocks_alone():
+    torch.manual_seed(0)
+    tokens, text = torch.randn(4, 21, 8), torch.randn(2, 3, 8)
+    hook = mask_sinks(text, tower(8), blocks=(1, 3), top=0.6)
+    assert torch.equal(hook(tokens, 0), tokens) and torch.equal(hook(tokens, 2), tokens)
+    masked, marked = hook(tokens, 3), 0
+    for image, seen, texts in zip(tokens, masked, text[[0, 0, 1, 1]]):
+        top = [set(F.cosine_similarity(image[1:], t[None]).topk(12).indices.tolist()) for t in texts]
+        sinks = set.intersection(*top)
+        assert [i for i in range(20) if seen[1 + i].eq(0).all()] == sorted(sinks) and torch.equal(seen[0], image[0])
+        kept = [1 + i for i in range(20) if i not in sinks]
+        assert torch.equal(seen[kept], image[kept])
+        marked += len(sinks)
+    assert marked
+
+
+def test_domain_similarity_is_the_mean_over_random_pairings():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 6), torch.randn(30, 9)
+    g = torch.Generator().manual_seed(5)
+    pairings = [torch.randperm(30, generator=g) for _ in range(20)]
+    wanted = sum(linear_cka(x[order], y).item() for order in pairings) / 20
+    ours = domain_similarity(x, y, torch.Generator().manual_seed(5))
+    assert ours.item() == pytest.approx(wanted, rel=1e-5) and ours != linear_cka(x, y)
+
+
+def test_visual_learning_is_cross_entropy_against_class_means():
+    torch.manual_seed(0)
+    f, labels = torch.randn(2, 8, 5), torch.tensor([[0, 0, 1, 2, 2, 1, 0, 1], [2, 1, 0, 0, 1, 2, 2, 2]])
+    for e in range(2):
+        unit = F.normalize(f[e], dim=-1)
+        means = F.normalize(torch.stack([unit[labels[e] == c].mean(0) for c in range(3)]), dim=-1)
+        wanted = F.cross_entropy(7 * unit @ means.T, labels[e])
+        same(lv_loss(f, labels, 3, 7)[e], wanted)
+        same(lv_loss(f[e], labels[e], 3, 7), wanted)
+
+
+@pytest.mark.parametrize("ways", [2, 5, 9])
+def test_the_simplified_rule_weighs_sinks_and_specific_tokens_alone(ways):
+    marks = torch.tril(torch.ones(ways + 1, ways), -1)[None]              # token i is marked by i classes
+    assert tir_weights_simple(marks)[0].tolist() == [1, 2, *[1] * (ways - 2), 0]
