@@ -138,7 +138,7 @@ def atha_step(tokens: Tensor, texts: Tensor, alpha: Tensor | float, beta: Tensor
     """Pull head tokens to their nearest text by alpha, push tail tokens off their farthest by beta (ATHA, 3).
 
     tokens (B, 1+L, D), texts (N, D) or (E, N, D) in token space, alpha and beta scalars or (E,). [CLS] stays;
-    first_patch: 0 where there is none.
+    first_patch: 0 where there is none. With fewer than 1 / rho patches no token is head: nothing is pulled.
     """
     _, head, tail = head_and_tail(tokens[:, first_patch:], texts, rho, gamma)          # (B, L, N)
     alpha, beta = (per_image(torch.as_tensor(x, device=tokens.device).view(-1, 1, 1), len(tokens))

@@ -551,13 +551,20 @@ PAPER = {    # (method, shot) -> reported accuracies, %, in the order of COLUMNS
     ("svl-only", 1): [(None, None, None, None, 57.55)],
     ("ra-only", 1): [(None, None, None, None, 57.17)],
 }
+PAPER_PE_CORE = {                                                # the same on PE-Core-B/16, SVL's best rows
+    ("clip-lora", 1): [(40.89, 84.49, 91.75, 22.02, 59.78)],
+    ("clip-lora", 5): [(None, None, None, None, 68.64)],
+    ("svl", 1): [(45.01, 86.83, 93.03, 23.66, 62.14)],
+    ("svl", 5): [(None, None, None, None, 70.29)],
+}
 COLUMNS = ("isic", "eurosat", "cropdiseases", "chestx", "mean")
 Cells = dict[tuple[str, int, str], dict[int, float]]          # (method, shot, dataset) -> episode -> accuracy
 
 
-def paper_figure(method: str, shot: int, column: str) -> str:
-    """What the papers report, " (81.41 / 81.72)" where two do, or ""."""
-    figures = [row[COLUMNS.index(column)] for row in PAPER.get((method, shot), []) if column in COLUMNS]
+def paper_figure(method: str, shot: int, column: str, family: str = "clip") -> str:
+    """What the papers report on this family of backbones, " (81.41 / 81.72)" where two do, or ""."""
+    reported = {"clip": PAPER, "pe-core": PAPER_PE_CORE}.get(family, {}).get((method, shot), [])
+    figures = [row[COLUMNS.index(column)] for row in reported if column in COLUMNS]
     known = " / ".join(f"{f:.2f}" for f in figures if f is not None)
     return f" ({known})" if known else ""
 
@@ -637,8 +644,9 @@ def whole_lines(part: Path) -> list[bytes]:
     return lines if len(lines) > 1 else []
 
 
-def table(title: str, found: dict[tuple[str, str], list[float]], shot: int, sign: str = "") -> list[str]:
-    """Lines of a Markdown table of (method, dataset) -> accuracies; shot: of the papers' figures there."""
+def table(title: str, found: dict[tuple[str, str], list[float]], shot: int, sign: str = "",
+          family: str = "clip") -> list[str]:
+    """Lines of a Markdown table of (method, dataset) -> accuracies; shot, family: of the papers' figures."""
     methods, columns = (list(dict.fromkeys(names)) for names in zip(*found))
     columns += ["mean"] * (len(columns) > 1)
     rows = [[title, *columns], ["---"] * (len(columns) + 1)]
@@ -646,12 +654,12 @@ def table(title: str, found: dict[tuple[str, str], list[float]], shot: int, sign
         texts = {c: in_short(found[method, c], sign) for c in columns if (method, c) in found}
         means = [mean_and_interval(found[method, c])[0] for c in texts]
         texts["mean"] = f"{sum(means) / len(means):{sign}.2f}"
-        rows.append([method, *(texts.get(c, "") + paper_figure(method, shot, c) for c in columns)])
+        rows.append([method, *(texts.get(c, "") + paper_figure(method, shot, c, family) for c in columns)])
     return ["", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def markdown(cells: Cells) -> str:
-    """The papers' tables, one a shot, the paper's figure in brackets; below, differences from clip-lora."""
+def markdown(cells: Cells, family: str = "clip") -> str:
+    """The papers' tables, one a shot, their figures for a family in brackets; below, paired differences."""
     lines = []
     for shot in sorted({shot for _, shot, _ in cells}):
         of_shot, paired = {(m, dataset): x for (m, s, dataset), x in cells.items() if s == shot}, {}
@@ -659,7 +667,7 @@ def markdown(cells: Cells) -> str:
             base = of_shot.get(("clip-lora", dataset), {})
             if method != "clip-lora" and (both := sorted(x.keys() & base.keys())):
                 paired[method, dataset] = [x[n] - base[n] for n in both]
-        lines += table(f"{shot}-shot", {key: x.values() for key, x in of_shot.items()}, shot)
+        lines += table(f"{shot}-shot", {key: x.values() for key, x in of_shot.items()}, shot, family=family)
         lines += table("minus clip-lora, paired", paired, shot=0, sign="+") if paired else []
     return "\n".join(lines)
 
@@ -1430,6 +1438,7 @@ def run(args: argparse.Namespace) -> int:
         learner = load_tuned(saved[0], backbone, tokenizer, own="+".join(args.method).split("+"))
         return (predict if args.predict else export)(args, learner)
     cells, first = {}, rank_and_size()[0] == 0
+    family = "" if args.split or args.way != 5 else backbone.config.family           # whose figures compare
     for dataset in args.dataset:
         pool = data.load(dataset, args.data)
         for shot, method in product(args.shot, args.method):
@@ -1440,14 +1449,14 @@ def run(args: argparse.Namespace) -> int:
             found = cells[method, shot, dataset] = run_job(args, job, dataset, shot)
             if first:
                 kind, many = ("all classes", "seeds") if args.split else (f"{args.way}-way", "episodes")
-                paper = "" if args.split or args.way != 5 else paper_figure(method, shot, dataset)
+                paper = paper_figure(method, shot, dataset, family)
                 paper, took = paper.replace("(", "(paper: "), time.monotonic() - begun
                 print(f"{dataset} {kind} {shot}-shot {method} ({args.recipe}): {in_short(found.values())} % "
                       f"over {len(found)} {many}, {took:.0f} s{paper}", flush=True)
             if first and (args.probe or args.draw) and method != "zero-shot":
                 look(args, job, dataset, shot)
     if first and len(cells) > 1:
-        print(markdown(cells))
+        print(markdown(cells, family))
     return 0
 
 
