@@ -270,7 +270,7 @@ SPLITS = {    # what is done to the split, what must be said
     "a short row": (lambda s: s["test"].append(["dotted/4.png", 1]), "does not hold train and test lists"),
     "no test": (lambda s: s.pop("test"), "does not hold train and test lists"),
     "an empty test": (lambda s: s.update(test=[]), "no pictures of train or of test"),
-    "a NUL": (lambda s: s["test"].append(["dotted/\0.png", 1, "dotted"]), "null byte"),
+    "a NUL": (lambda s: s["test"].append(["dotted/\0.png", 1, "dotted"]), "null (byte|character)"),
     "a name of no text": (lambda s: [e.__setitem__(2, "\ud800") for part in s.values() for e in part if e[1] == 1], "UTF-8"),
 }
 
