@@ -684,7 +684,10 @@ def draw_patches(target: str, images: Tensor, masks: list[Tensor], side: int, sa
 # ------------------------------------------------------------------------------------------- dropout on a CPU
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout; on a CPU, where drawing is what costs, from 16 random bits an element instead of 64."""
+    """F.dropout; on a CPU, where drawing is what costs, from 16 random bits an element instead of 64.
+
+    Forward and backward of (5, 197, 768) on two cores: 7 ms against 55 in float32, 4 against 9 in bfloat16.
+    """
     if x.is_cuda or torch.compiler.is_compiling() or not training or p == 0:
         return F.dropout(x, p, training)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
