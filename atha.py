@@ -33,9 +33,10 @@ Hook = Callable[[Tensor, int], Tensor]    # (tokens (B, T, D), layer) -> tokens,
 # ------------------------------------------------------------------------------------------------------- LoRA
 
 class LoRA(nn.Module):
-    """A frozen nn.Linear plus scaling * B A dropout(x), one (A, B) an episode (CLIP-LoRA, rank-stabilised).
+    """y = W x + s B A dropout(x) with W frozen and s = alpha / sqrt(rank), one (A, B) an episode (CLIP-LoRA).
 
-    Parameters A (E, rank, in) Kaiming uniform and B (E, out, rank) zeros, float32 whatever linear's dtype.
+    Rank-stabilised: plain LoRA divides by rank. A (E, rank, in) starts Kaiming uniform, B (E, out, rank) at
+    zero, so that at first y = W x; both are float32, whatever linear's dtype. E divides the rows of x.
     """
 
     def __init__(self, linear: nn.Linear, rank: int = 16, alpha: float = 8, dropout: float = 0.25,
@@ -101,8 +102,9 @@ def text_to_tokens(text: Tensor, proj: Tensor, ln_post: nn.LayerNorm | None = No
                    inverse: Tensor | None = None) -> Tensor:
     """Class texts (..., N, embed) -> token space (..., N, D), by the visual projection (D, embed) (ATHA, 3).
 
-    recipe "paper": LayerNorm(T) proj^T, no learned affine. "released": undo proj by least squares, then
-    ln_post's affine; `inverse` is pinv(proj), if it is at hand.
+    proj takes pooled tokens to the texts' space; recipe "paper" goes back by its transpose, LayerNorm(T)
+    proj^T, without learned affine; "released" by least squares, and undoes ln_post's affine too. `inverse`:
+    pinv(proj), if it is at hand.
     """
     if recipe == "paper":
         return F.layer_norm(text, text.shape[-1:]) @ proj.T
@@ -119,10 +121,11 @@ def scale_patches(tokens: Tensor, weight: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- ATHA
 
 def head_and_tail(tokens: Tensor, texts: Tensor, rho: float, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of patch tokens (B, L, D): m (B, L) = max_j cosine, head (B, L, N), tail (B, L, N) (ATHA, section 3).
+    """Of each patch (B, L, D): m, its cosine to the nearest text, and head and tail (ATHA, section 3).
 
-    head is one-hot at the nearest text of the floor(rho L) tokens with the largest m, zero for other tokens;
-    tail at the farthest text of the floor(gamma L) with the smallest.
+    m (B, L). head (B, L, N): 1 at the nearest text where the patch is one of the floor(rho L) with the
+    largest m, else 0. tail (B, L, N): 1 at the FARTHEST text where it is one of the floor(gamma L) with the
+    smallest.
     """
     similarity = cosines(tokens, texts)                                   # (B, L, N)
     classes = torch.arange(similarity.shape[-1], device=tokens.device)
@@ -143,6 +146,7 @@ def atha_step(tokens: Tensor, texts: Tensor, alpha: Tensor | float, beta: Tensor
     _, head, tail = head_and_tail(tokens[:, first_patch:], texts, rho, gamma)          # (B, L, N)
     alpha, beta = (per_image(torch.as_tensor(x, device=tokens.device).view(-1, 1, 1), len(tokens))
                    for x in (alpha, beta))
+    # how much of each text every token gets: tokens + weight @ texts is all pulls and pushes in one product
     weight = F.pad(alpha * head - beta * tail, (0, 0, first_patch, 0))    # (B, 1+L, N), 0 for [CLS]
     texts = per_image(texts.view(-1, *texts.shape[-2:]), len(tokens))     # (B, N, D)
     return torch.baddbmm(tokens, weight.to(tokens.dtype), texts.to(tokens.dtype))
@@ -171,7 +175,7 @@ def tir_weights(marks: Tensor) -> Tensor:
 
 
 def tir_weights_simple(marks: Tensor) -> Tensor:
-    """The simplified rule (TIR): 0 where all classes mark a token, 2 where one does. (B, L, N) -> (B, L)."""
+    """The simplified rule (TIR): 0 where all classes mark a token, 2 where one does, else 1. -> (B, L)."""
     count = marks.sum(-1)                                                 # (B, L), 0..N
     return 1 + (count == 1).float() - (count == marks.shape[-1]).float()
 
@@ -239,6 +243,7 @@ class Step:
     number: int
     features: Tensor         # (E, B, embed) of the step's pictures
     labels: Tensor           # (E, B)
+    logits: Tensor           # (E, B, N), of which cross-entropy is the loss without parts
     text: Tensor             # (E, N, embed), of unit length
     plain: Tensor            # (E, K, embed) of the plain support pictures; K = 0 where no part wants them
     plain_labels: Tensor     # (E, K)
@@ -251,13 +256,14 @@ class Part(nn.Module):
 
     Called in this order: __init__ and draw once a batch of episodes; in every step text_hook (before each
     text block), vision_hook (for a hook that is called before each vision block), loss.
-    names: {name for --method: the sides of the method that it switches on}; a class without is FILE.py:NAME.
+    names: {name for --method: the sides, or halves, of the method that it switches on: self.sides}; a class
+    without names is called by FILE.py:NAME, and acts after those that have some.
     fields: hyper-parameters that Recipe lacks, {name: (default, help)}: self.recipe.name, and a flag.
     """
     names: dict[str, set[str]] = {}
     fields: dict[str, tuple[object, str]] = {}
-    tunes = False            # a way to tune: the recipe's usual one is left out where one is named
-    learns_text = False      # class texts change from step to step
+    tunes = False            # a way to tune: named, it takes the place of the recipe's, clip-lora
+    learns_text = False      # class texts change from step to step: else they are encoded once
     learns_vision = False    # what it learns shapes the features of pictures
     needs_vision = False     # its loss acts on these, so some part must learn there
 
@@ -294,7 +300,7 @@ class Part(nn.Module):
         return False
 
     def loss(self, step: Step) -> Tensor | float:
-        """Added to the cross-entropy: (E,)."""
+        """Added to the cross-entropy: (E,), or a number."""
         return 0.0
 
     def report(self, layer: int) -> dict[str, float]:
@@ -468,7 +474,7 @@ class TIR(Part):
 
 
 class ExtraLoss(Part):
-    """A loss on image features that acts in a share of the steps, the first ones or the last."""
+    """A loss on picture features that acts in a share of the steps, the first ones or the last."""
     needs_vision = True
 
     def progress(self, number: int) -> float | None:
@@ -499,8 +505,9 @@ class SVL(ExtraLoss):
 
 
 class RA(ExtraLoss):
-    """Align relations: cosines among pictures with those among class texts, which take over step by step.
+    """Align relations: the target A_fuse = c A_v(last seen) + (1 - c) A_t, where c falls from 1 to 0.
 
+    A_v: cosines among pictures; A_t: those of their classes' texts, which so take over step by step.
     In mini-batches (our choice) the last relation is that of each picture's features when it was last shown,
     so RA begins with the second pass; in a full batch that is the step before.
     """
@@ -518,15 +525,17 @@ class RA(ExtraLoss):
             self.begun = step.number
             shape = 2, len(step.rows), step.total, step.features.shape[-1]
             self.shown, self.plain = step.features.new_zeros(shape)
+        # each picks the episode and step.rows the picture, wherever the batch has it
         each = torch.arange(len(step.rows), device=step.rows.device)[:, None]
         plain_rows = step.rows[:, : step.plain.shape[1]]
-        relation = step.features @ step.plain.mT                          # (E, B, K)
+        relation = step.features @ step.plain.mT                          # A_v (E, B, K)
         last = self.shown[each, step.rows] @ self.plain[each, plain_rows].mT
         self.shown[each, step.rows] = step.features.detach()
         self.plain[each, plain_rows] = step.plain.detach()
         if (step.number - self.begun) * step.rows.shape[1] < step.total:  # some have not been seen before
             return 0.0
         of_class = (step.text @ step.text.mT).detach()                    # (E, N, N)
+        # A_t: the texts of the two pictures' classes
         of_text = of_class[each[..., None], step.labels[..., None], step.plain_labels[:, None]]    # (E, B, K)
         c = 1 - progress
         return self.recipe.ra_weight * ra_loss(relation, c * last + (1 - c) * of_text, self.recipe.ra)
@@ -686,9 +695,10 @@ def draw_patches(target: str, images: Tensor, masks: list[Tensor], side: int, sa
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """F.dropout; on a CPU, where drawing is what costs, from 16 random bits an element instead of 64.
 
-    Forward and backward of (5, 197, 768) on two cores: 7 ms against 55 in float32, 4 against 9 in bfloat16.
+    Forward and backward of (5, 197, 768) on one core: 2 ms against 10 in float32, 2 against 17 in bfloat16.
     """
-    if x.is_cuda or torch.compiler.is_compiling() or not training or p == 0:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not training or p == 0:
         return F.dropout(x, p, training)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
-    return x.masked_fill(bits[: x.numel()].view(x.shape) < round(p * 2 ** 16) - 2 ** 15, 0) / (1 - p)
+    kept = bits[: x.numel()].view(x.shape).ge_(round(p * 2 ** 16) - 2 ** 15)      # 1 or 0
+    return x * kept / (1 - p)

@@ -28,7 +28,7 @@ import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,12 @@ def failing(what: str) -> Iterator[None]:
     except Exception as e:                     # what damaged files, servers and packages raise is manifold
         why = str(e) if isinstance(e, WeightsError) else f"{type(e).__name__}: {e}"
         raise WeightsError(textwrap.shorten(f"{what}: {why}", 500)) from e
+
+
+def say(text: str) -> None:
+    """A line on stderr, if anybody can hear it."""
+    with suppress(AttributeError, OSError, ValueError):                  # None, full, closed
+        sys.stderr.write(f"{text}\n")
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -190,7 +196,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_2d(grid: int, channels: int) -> Tensor:
     """Cosines and sines (2, 1 + grid², C) of PE-Core's rotary positions: half the channels by x, half by y.
 
-    Patches count from 1; [CLS] stands at the origin, so it is not turned.
+    A token's q and k are turned by angles that grow with its place, so that q·k depends on how far two tokens
+    are apart. Patches count from 1; [CLS] stands at the origin, so it is not turned.
     """
     exponent = torch.arange(0, 1, 4 / channels, device="cpu")                     # (C/4,); never on "meta"
     place = torch.arange(1, grid + 1, device="cpu")
@@ -214,7 +221,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    rows = slice(None)          # the tokens that it gives out; the last block: those that are pooled
+    rows = slice(None)     # tokens given out: all; of the last block the pooled one alone
 
     def __init__(self, width: int, config: CLIPConfig, attention: Attention):
         super().__init__()
@@ -325,7 +332,7 @@ class CLIP(nn.Module):
         return self.read_text(self.transformer(x, between), token_ids)
 
     def read_text(self, x: Tensor, token_ids: Tensor) -> Tensor:
-        """Text feature off any block's output (N, T, D): at the end, the highest id (SigLIP: last)."""
+        """Text feature off any block's output (N, T, D), at the end, the row's highest id (SigLIP: last)."""
         if self.causal:
             x = x.gather(1, token_ids.argmax(-1)[:, None, None].expand(-1, 1, x.shape[-1]))  # (N, 1, D)
         return F.linear(self.ln_final(x[:, -1]), self.text_projection.T, self.text_bias)
@@ -749,8 +756,8 @@ def _read(path: Path, words: str | Path | None) -> tuple[CLIP, Tokenizer]:
         clip = _filled(weights, _told(beside) if beside else json.loads(metadata.get("config", "{}")))
         tokenizer = _tokenizer(clip.config, words, metadata, files[0].parent)
     if "config" not in metadata and not beside:
-        print(f"{path} has no config: the activation {clip.config.activation} and heads of 64 channels are "
-              "taken for granted", file=sys.stderr)
+        say(f"{path} has no config: the activation {clip.config.activation} and heads of 64 channels are "
+            "taken for granted")
     return clip, tokenizer
 
 
@@ -847,7 +854,7 @@ def download(url: str, target: Path, sha256: str) -> Path:
             return target
         for old in target.parent.glob(f"{target.name}.*.partial"):       # of a process that was killed
             old.unlink()
-        print(f"downloading {url} to {target}", file=sys.stderr)
+        say(f"downloading {url} to {target}")
         patience = socket.getdefaulttimeout()
         try:
             socket.setdefaulttimeout(60)                            # torch.hub would wait for a silent server

@@ -12,8 +12,8 @@ map into memory.
 """
 from __future__ import annotations
 
-import csv, hashlib, http.client, json, os, shutil, stat, sys, time, warnings, zipfile, zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import csv, hashlib, json, os, shutil, stat, sys, time, warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
@@ -41,7 +41,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 # A user id without a name and without HOME keeps "~", so its cache is where the run is: .cache/atha
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").removeprefix("~/")) / "atha"
 # What IMG_EXTENSIONS mean, and GIF, as some of Oxford's pets named .jpg are: none needs another program
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+FORMATS = "JPEG PNG PPM BMP TIFF WEBP GIF".split()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # advice about palettes is not for our user
 
 
@@ -64,8 +64,8 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def progress(text: str, last: bool = False) -> None:
-    """One line on stderr: on a terminal written over and cut to its width (but the last), else a line.
+def progress(text: str, last: bool = True) -> None:
+    """One line on stderr; on a terminal all but the last are cut to its width and written over by the next.
 
     It never raises: a run does not end because nobody can hear how far it is.
     """
@@ -76,14 +76,11 @@ def progress(text: str, last: bool = False) -> None:
             text = "\r\x1b[K" + (f"{text}\n" if last else text[: width - 1])
         else:
             text += "\n"
-        coding = stream.encoding or "utf-8"
-        stream.write(text.encode(coding, "backslashreplace").decode(coding))
+        stream.write(text)                                               # what it cannot encode, it escapes
         stream.flush()
 
 
-@cache
-def say_once(text: str) -> None:
-    progress(text, last=True)
+say_once = cache(progress)
 
 
 class Clock:
@@ -100,25 +97,25 @@ class Clock:
         now = time.monotonic()
         took = now - self.begun
         if last:
-            progress(f"{self.what}: {text}, {took:.0f} s", last=True)
+            progress(f"{self.what}: {text}, {took:.0f} s")
         elif not done:
-            progress(f"{self.what}: {text}")
+            progress(f"{self.what}: {text}", last=False)
         elif now - self.said > min(10, max(1, took / 20)):
             self.said = now
-            progress(f"{took / done * (self.total - done):.0f} s left, {text}, {self.what}")
+            progress(f"{took / done * (self.total - done):.0f} s left, {text}, {self.what}", last=False)
 
 
 def told(things: Iterable, total: int, what: str) -> Iterator:
-    """The things one by one, telling how far they are; if that was worth telling, also how long it took."""
+    """The things one by one, telling how far they are; if that was worth telling, also how long it took.
+
+    Threads bring the first ones together after the time of one, from which no rest can be told: only from a
+    fiftieth of them, or ten seconds.
+    """
     clock = Clock(what, total)
     for done, thing in enumerate(things, 1):
         yield thing
-        clock.tell(done, f"{done} of {total}", last=done == total and clock.said > clock.begun)
-
-
-def reason(error: Exception) -> str:
-    """An error in a few words, without the path that our own message names."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if 50 * done >= total or time.monotonic() - clock.begun > 10:
+            clock.tell(done, f"{done} of {total}", last=done == total and clock.said > clock.begun)
 
 
 @contextmanager
@@ -127,7 +124,8 @@ def refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (errors or (OSError, ValueError)) as e:
-        raise DataError(f"{what}: {reason(e)}") from e
+        why = getattr(e, "strerror", None) or str(e) or type(e).__name__         # without the path again
+        raise DataError(f"{what}: {why}") from e
 
 
 # -------------------------------------------------------------------------------------------- pools and tasks
@@ -171,11 +169,6 @@ class Pool:
     def rows(self) -> list[Tensor]:
         """Rows of each class that may be learned from: of the training split where there is one."""
         return self.everything if self.train is None else self.by_class(self.train)
-
-    @cached_property
-    def split_fingerprint(self) -> str:
-        """Changes with which pictures are for learning and which for testing."""
-        return "" if self.test is None else digest(self.train.tolist(), self.test.tolist())
 
     def episode(self, number: int, way: int = 5, shot: int = 1, query: int = 15, seed: int = 1,
                 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,48 +221,44 @@ class Pool:
 
 # ------------------------------------------------------------------------------ what is in a dataset's folder
 
-Row = tuple[str, str, Hashable]         # "train", "test" or ""; picture, as a path below the folder; class
+Row = tuple[str, str, str]          # "train", "test" or ""; picture, as a path below the folder; class name
 
 
 class Found(NamedTuple):
-    """What a lister finds in a folder: rows, their classes' names, and what it read, for messages."""
+    """What a lister finds in a folder: rows, their classes, and what it read, for messages."""
     rows: list[Row]
-    names: dict[Hashable, str]          # in the order of the labels; those without pictures get none
+    classes: list[str]                  # in the order of the labels; those without pictures get none
     source: Path
 
 
-class Listing(NamedTuple):
-    """Pictures as paths below a folder, their labels, class names, rows of the test and training split."""
-    pictures: list[str]
-    labels: list[int]
-    classes: list[str]
-    test: list[int] | None
-    train: list[int] | None
+def listed(rows: list[Row], classes: list[str], source: Path,
+           ) -> tuple[dict[str, int], list[str], dict[str, list[int]]]:
+    """What was found, each picture once: label of each, classes, places of those in "train" and "test".
 
-
-def listed(rows: list[Row], names: dict[Hashable, str], source: Path) -> Listing:
-    """What was found, each picture once. Raises DataError where that cannot be, whatever the lister."""
-    keys, parts = {}, {"": [], "train": [], "test": []}
-    for part, picture, key in rows:
+    Raises DataError where that cannot be, whatever the lister.
+    """
+    class_of, parts, known = {}, {"": [], "train": [], "test": []}, set(classes)
+    if len(known) < len(classes):
+        raise DataError(f"{source} gives two labels one name")
+    for part, picture, name in rows:
         if os.path.isabs(picture) or ".." in picture.split("/"):
             raise DataError(f"{source} lists {picture!r}, which is outside its folder")
-        if not names.get(key):
-            raise DataError(f"{source}: {picture!r} is of {key!r}, which is none of its classes")
-        if keys.setdefault(picture, key) != key:
-            raise DataError(f"{source} has {picture!r} as {names[keys[picture]]!r} and as {names[key]!r}")
+        if not name or name not in known:
+            raise DataError(f"{source}: {picture!r} is of {name!r}, which is none of its classes")
+        if class_of.setdefault(picture, name) != name:
+            raise DataError(f"{source} has {picture!r} as {class_of[picture]!r} and as {name!r}")
         parts[part].append(picture)
     if not rows or bool(parts["train"]) != bool(parts["test"]):
         raise DataError(f"{source} lists no pictures{' of train or of test' if rows else ''}")
     if both := set(parts["train"]) & set(parts["test"]):
         raise DataError(f"{source} has {min(both)!r} in train and in test: it would be tested by heart")
-    there = set(keys.values())
-    label = {key: label for label, key in enumerate(key for key in names if key in there)}
+    there = set(class_of.values())
+    classes = [name for name in classes if name in there]
     with refusing(f"{source}: no text can be made of a class name, which is not UTF-8"):
-        "".join(names[key] for key in label).encode()
-    row = {picture: row for row, picture in enumerate(keys)}
-    test, train = ([row[picture] for picture in parts[part]] or None for part in ("test", "train"))
-    labels = [label[key] for key in keys.values()]
-    return Listing(list(keys), labels, [names[key] for key in label], test, train)
+        "".join(classes).encode()
+    label, place = ({name: number for number, name in enumerate(names)} for names in (classes, class_of))
+    places = {part: [place[picture] for picture in parts[part]] for part in ("train", "test")}
+    return {picture: label[name] for picture, name in class_of.items()}, classes, places
 
 
 def ordinary(path: str | Path) -> os.stat_result:
@@ -306,28 +295,26 @@ def visible(folder: Path) -> list[list[str]]:
     return [sorted(name for name in names if not name.startswith(".")) for names in both]
 
 
-def rows_of(root: Path, under: str = "", part: str = "") -> list[Row]:
-    """Of class folders; what is no picture is left out, and empty class folders are named."""
-    folders, rows, empty = visible(root / under)[0], [], []
-    for folder in folders:
-        pictures = [f for f in visible(root / under / folder)[1] if f.lower().endswith(IMG_EXTENSIONS)]
-        rows += [(part, join(under, folder, picture), folder) for picture in pictures]
-        empty += [] if pictures else [folder]
-    if empty:
-        progress(f"left out, no pictures in: {', '.join(empty)}", last=True)
-    if not rows:
-        raise DataError(f"no class folders with pictures in {root / under}")
-    return rows
-
-
 def list_folders(root: Path, under: str = "") -> Found:
-    """Class folders; or train/ and test/ (else val/), which hold class folders: the split."""
+    """Class folders; or train/ and test/ (else val/), which hold class folders: the split.
+
+    What is no picture is left out, and empty class folders are named.
+    """
     test = "test" if os.path.isdir(root / under / "test") else "val"
     parts = {join(under, "train"): "train", join(under, test): "test"}
-    if not all(os.path.isdir(root / folder) and visible(root / folder)[0] for folder in parts):
+    if not all(os.path.isdir(root / place) and visible(root / place)[0] for place in parts):
         parts = {under: ""}
-    rows = [row for folder, part in parts.items() for row in rows_of(root, folder, part)]
-    return Found(rows, {folder: folder for _, _, folder in rows}, root / under)
+    rows, empty = [], []
+    for place, part in parts.items():
+        for folder in visible(root / place)[0]:
+            found = [f for f in visible(root / place / folder)[1] if f.lower().endswith(IMG_EXTENSIONS)]
+            rows += [(part, join(place, folder, picture), folder) for picture in found]
+            empty += [] if found else [folder]
+    if empty:
+        progress(f"left out, no pictures in: {', '.join(empty)}")
+    if not rows:
+        raise DataError(f"no class folders with pictures in {root / under}")
+    return Found(rows, list(dict.fromkeys(folder for _, _, folder in rows)), root / under)
 
 
 def list_imagenet(root: Path) -> Found:
@@ -335,7 +322,8 @@ def list_imagenet(root: Path) -> Found:
     rows, folders, _ = list_folders(root)
     table = root / "classnames.txt"
     words = dict(line.partition(" ")[::2] for line in read_text(table).splitlines())
-    return Found(rows, {folder: words.get(folder, "") for folder in folders}, table)
+    rows = [(part, picture, words.get(folder, folder)) for part, picture, folder in rows]
+    return Found(rows, [words[folder] for folder in folders if folder in words], table)
 
 
 def list_aircraft(root: Path) -> Found:
@@ -344,7 +332,7 @@ def list_aircraft(root: Path) -> Found:
     for part in ("train", "test"):
         lines = [line.partition(" ") for line in read_text(root / f"images_variant_{part}.txt").splitlines()]
         rows += [(part, f"images/{picture}.jpg", variant) for picture, _, variant in lines]
-    return Found(rows, {variant: variant for variant in read_text(variants).splitlines()}, variants)
+    return Found(rows, read_text(variants).splitlines(), variants)
 
 
 def list_split(root: Path, split: str, pictures: str) -> Found:
@@ -358,14 +346,12 @@ def list_split(root: Path, split: str, pictures: str) -> Found:
                     raise TypeError
                 if names.setdefault(label, name) != name:
                     raise DataError(f"{source} gives label {label} two names, {names[label]!r} and {name!r}")
-                rows.append((part, join(pictures, picture), label))
+                rows.append((part, join(pictures, picture), name))
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise DataError(f"{source} does not hold train and test lists of [picture, label, class name]") from e
-    if len(set(names.values())) < len(names):
-        raise DataError(f"{source} gives two labels one name")
     if strange := names.keys() - range(len(names)):
         raise DataError(f"{source}: {len(names)} labels are not 0 to {len(names) - 1}: one is {min(strange)}")
-    return Found(rows, dict(sorted(names.items())), source)
+    return Found(rows, [names[label] for label in range(len(names))], source)
 
 
 EUROSAT = {"AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
@@ -376,31 +362,29 @@ EUROSAT_SPLIT = "split_zhou_EuroSAT.json"
 ISIC = {"MEL": "Melanoma", "NV": "Melanocytic Nevus", "BCC": "Basal Cell Carcinoma",
         "AKIEC": "Actinic Keratosis", "BKL": "Benign Keratosis", "DF": "Dermatofibroma",
         "VASC": "Vascular Lesion"}
-CHESTX = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumothorax"]
-OTHER_FINDINGS = ["No Finding", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Hernia",
-                  "Pleural_Thickening", "Pneumonia"]
+CHESTX = "Atelectasis|Cardiomegaly|Effusion|Infiltration|Mass|Nodule|Pneumothorax".split("|")
+OTHERS = "No Finding|Consolidation|Edema|Emphysema|Fibrosis|Hernia|Pleural_Thickening|Pneumonia".split("|")
 
 
 def list_eurosat(root: Path) -> Found:
     """All class folders, in their order, for episodes; where CoOp's split is beside them, its parts too."""
-    rows, source = rows_of(root, "2750"), root / "2750"
-    names = {folder: EUROSAT.get(folder, folder) for _, _, folder in rows}
+    rows, folders, source = list_folders(root, "2750")
     if os.path.exists(root / EUROSAT_SPLIT):
-        split, labels, source = list_split(root, EUROSAT_SPLIT, "2750")
-        folders = {name: folder for folder, name in names.items()}
-        rows += [(part, picture, folders.get(labels[label], labels[label])) for part, picture, label in split]
-    return Found(rows, names, source)
+        split, _, source = list_split(root, EUROSAT_SPLIT, "2750")
+        rows += split
+    rows = [(part, picture, EUROSAT.get(name, name)) for part, picture, name in rows]
+    return Found(rows, [EUROSAT.get(folder, folder) for folder in folders], source)
 
 
 def list_isic(root: Path) -> Found:
-    table = root / "ISIC2018_Task3_Training_GroundTruth" / "ISIC2018_Task3_Training_GroundTruth.csv"
+    table = root / "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv"
     rows = []
     for row in read_table(table, ["image", *ISIC]):
         found = [key for key in ISIC if row[key] in ("1", "1.0")]
         if len(found) != 1:
             raise DataError(f"{table}: {row['image']} has {len(found)} of the seven labels, expected one")
-        rows.append(("", f"ISIC2018_Task3_Training_Input/{row['image']}.jpg", found[0]))
-    return Found(rows, ISIC, table)
+        rows.append(("", f"ISIC2018_Task3_Training_Input/{row['image']}.jpg", ISIC[found[0]]))
+    return Found(rows, list(ISIC.values()), table)
 
 
 def list_chestx(root: Path) -> Found:
@@ -410,20 +394,20 @@ def list_chestx(root: Path) -> Found:
              for part in ("images", "images_*/images") for p in root.glob(f"{part}/*.png")}
     for row in read_table(table, ["Image Index", "Finding Labels"]):
         picture, findings = row["Image Index"], row["Finding Labels"] or ""
-        if unknown := set(findings.split("|")) - {*CHESTX, *OTHER_FINDINGS}:
+        if unknown := set(findings.split("|")) - {*CHESTX, *OTHERS}:
             raise DataError(f"{table}: {picture} has an unknown finding {min(unknown)!r}")
         if findings in CHESTX:
             rows.append(("", where.get(picture, join("images", picture)), findings))
-    return Found(rows, {finding: finding for finding in CHESTX}, table)
+    return Found(rows, CHESTX, table)
 
 
 # --------------------------------------------------------------------------------------------- the known sets
 
 def fetch_isic(target: Path) -> None:
-    progress("ISIC 2018 task 3: 2.6 GB, licence CC BY-NC (no commercial use)", last=True)
+    progress("ISIC 2018 task 3: 2.6 GB, licence CC BY-NC (no commercial use)")
     for part in ("Input", "GroundTruth"):
         url = f"https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task3_Training_{part}.zip"
-        progress(f"downloading {url}", last=True)
+        progress(f"downloading {url}")
         download_and_extract_archive(url, str(target), remove_finished=True)
 
 
@@ -437,13 +421,6 @@ class Dataset(NamedTuple):
     split: str = ""                     # the file or folder that makes a test split, if it has one
     size: int = 256                     # pixels a side that are kept
     prompt: str | None = None           # of the few-shot protocol
-
-
-def with_split(folder: str, split: str, pictures: str, source: str, prompt: str) -> Dataset:
-    """A set whose split is CoOp's file."""
-    split = f"split_zhou_{split}.json"
-    return Dataset(folder, partial(list_split, split=split, pictures=pictures), (split, pictures),
-                   f"the pictures from {source}, the split from {COOP}", split=split, prompt=prompt)
 
 
 COOP = "DATASETS.md in github.com/KaiyangZhou/CoOp"
@@ -464,28 +441,42 @@ DATASETS = {
     "imagenet": Dataset("imagenet", list_imagenet, ("classnames.txt", "train", "val"),
                         "the class folders train/ and val/ from https://image-net.org, "
                         f"classnames.txt from {COOP}", split="val", prompt="itap of a {}."),
-    "sun397": with_split("SUN397", "SUN397", "SUN397", "https://vision.princeton.edu/projects/2010/SUN/",
-                         "a photo of a {}."),
     "aircraft": Dataset("fgvc_aircraft", list_aircraft, ("variants.txt", "images_variant_train.txt",
                         "images_variant_test.txt", "images"), f"{OXFORD}fgvc-aircraft/ (its data/ folder)",
                         split="images_variant_test.txt", prompt="a photo of a {}, a type of aircraft."),
-    "cars": with_split("StanfordCars", "StanfordCars", "",
-                       "https://ai.stanford.edu/~jkrause/cars/car_dataset.html", "a photo of a {}."),
-    "food101": with_split("Food101", "Food101", "images",
-                          "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
-                          "a photo of {}, a type of food."),
-    "pets": with_split("OxfordPets", "OxfordPets", "images", f"{OXFORD}pets/",
-                       "a photo of a {}, a type of pet."),
-    "flowers": with_split("Flower102", "OxfordFlowers", "jpg", f"{OXFORD}flowers/102/",
-                          "a photo of a {}, a type of flower."),
-    "caltech101": with_split("Caltech101", "Caltech101", "101_ObjectCategories",
-                             "https://data.caltech.edu/records/mzrjq-6wc02", "a photo of a {}."),
-    "dtd": with_split("DTD", "DescribableTextures", "images", f"{OXFORD}dtd/", "{} texture."),
-    "ucf101": with_split("UCF101", "UCF101", "UCF-101-midframes", COOP, "a photo of a person doing {}."),
 }
-PAPERS = ("eurosat", "isic", "cropdiseases", "chestx")                   # the three papers' targets
-FSL = ("imagenet", "sun397", "aircraft", "eurosat", "cars", "food101", "pets", "flowers", "caltech101", "dtd",
-       "ucf101")
+# Those whose split is CoOp's file: name, folder, its split's name, pictures under, prompt, where to get it
+COOP_SETS = f"""
+sun397     | SUN397       | SUN397              | SUN397               | a photo of a {{}}.\
+           | https://vision.princeton.edu/projects/2010/SUN/
+cars       | StanfordCars | StanfordCars        |                      | a photo of a {{}}.\
+           | https://ai.stanford.edu/~jkrause/cars/car_dataset.html
+food101    | Food101      | Food101             | images               | a photo of {{}}, a type of food.\
+           | https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/
+pets       | OxfordPets   | OxfordPets          | images               | a photo of a {{}}, a type of pet.\
+           | {OXFORD}pets/
+flowers    | Flower102    | OxfordFlowers       | jpg                  | a photo of a {{}}, a type of flower.\
+           | {OXFORD}flowers/102/
+caltech101 | Caltech101   | Caltech101          | 101_ObjectCategories | a photo of a {{}}.\
+           | https://data.caltech.edu/records/mzrjq-6wc02
+dtd        | DTD          | DescribableTextures | images               | {{}} texture.\
+           | {OXFORD}dtd/
+ucf101     | UCF101       | UCF101              | UCF-101-midframes    | a photo of a person doing {{}}.\
+           | {COOP}
+"""
+
+
+def coop_set(row: str) -> tuple[str, Dataset]:
+    """Name and set of a row of COOP_SETS."""
+    name, folder, split, pictures, prompt, source = map(str.strip, row.split("|"))
+    split = f"split_zhou_{split}.json"
+    return name, Dataset(folder, partial(list_split, split=split, pictures=pictures), (split, pictures),
+                         f"the pictures from {source}, the split from {COOP}", split=split, prompt=prompt)
+
+
+DATASETS |= dict(map(coop_set, COOP_SETS.strip().splitlines()))
+PAPERS = "eurosat isic cropdiseases chestx".split()                      # the three papers' targets
+FSL = "imagenet sun397 aircraft eurosat cars food101 pets flowers caltech101 dtd ucf101".split()
 
 
 def check(name: str, root: str | Path = "datasets", split: bool = False) -> None:
@@ -493,17 +484,14 @@ def check(name: str, root: str | Path = "datasets", split: bool = False) -> None
     known = DATASETS.get(name)
     if split and (name == "toy" or known and not known.split):
         raise DataError(NO_SPLIT)
-    if known:
-        folder, needs = Path(root) / known.folder, ("", *known.needs)
-        if split:
-            needs += (known.split,)                                      # which is never fetched
-        elif known.fetch and not os.path.isdir(folder):
-            return
-        for path in needs:
-            if not os.path.exists(folder / path):
-                raise DataError(f"{name} needs {folder / path}, which is not there; get {known.source}")
-    elif name != "toy" and not os.path.isdir(name):
+    if not known and name != "toy" and not os.path.isdir(name):
         raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}, toy, or give a folder")
+    # what is not there at all can be fetched, but no split is
+    if known and (split or not known.fetch or os.path.isdir(Path(root) / known.folder)):
+        for path in ("", *known.needs, known.split if split else ""):
+            place = Path(root) / known.folder / path
+            if not os.path.exists(place):
+                raise DataError(f"{name} needs {place}, which is not there; get {known.source}")
 
 
 def load(name: str, root: str | Path = "datasets") -> Pool:
@@ -513,19 +501,18 @@ def load(name: str, root: str | Path = "datasets") -> Pool:
     """
     check(name, root)
     if name == "toy":
-        return Pool(*toy_pictures(200), list(TOY_CLASSES), "toy")
+        return Pool(*toy_pictures(200), TOY_CLASSES, "toy")
     if name not in DATASETS:
         return load_folder(name)
     known, folder = DATASETS[name], Path(root) / DATASETS[name].folder
     if not folder.is_dir():
-        fetch(name, folder, known.fetch)
+        fetch(name, folder)
     return decoded(folder, known, [folder / f".{name}-{known.size}.u8"])
 
 
 def load_folder(path: str | Path) -> Pool:
-    """A folder of class folders, of train/ and test/ (or val/) with them, a known set. Raises DataError."""
-    known = next((d for d in DATASETS.values() if d.split and os.path.isfile(Path(path) / d.split)), None)
-    return decoded(Path(path), known or Dataset("", list_folders, (), ""), [])
+    """A folder of class folders, or of train/ and test/ (or val/) that hold them. Raises DataError."""
+    return decoded(Path(path), Dataset("", list_folders, (), ""), [])
 
 
 def try_lock(file) -> bool:
@@ -545,12 +532,12 @@ def locked(path: Path) -> Iterator[None]:
     """One process at a time, so that the second finds the work done. Without locks both do it: no harm."""
     with open(path, "a+") as lock:
         if not try_lock(lock):
-            progress(f"waiting for another run that is busy with {path.parent}", last=True)
+            progress(f"waiting for another run that is busy with {path.parent}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def fetch(name: str, folder: Path, source: Callable[[Path], object]) -> None:
+def fetch(name: str, folder: Path) -> None:
     """Fetch into a folder beside, then rename: the dataset is there whole or not at all."""
     part = folder.with_name(f".{folder.name}.part")
     try:
@@ -558,14 +545,14 @@ def fetch(name: str, folder: Path, source: Callable[[Path], object]) -> None:
         with locked(Path(f"{part}.lock")):
             if folder.is_dir():
                 return
-            progress(f"{name} is not at {folder}: downloading it", last=True)
+            progress(f"{name} is not at {folder}: downloading it")
             shutil.rmtree(part, ignore_errors=True)                      # of a run that was killed
             try:
-                source(part / folder.name)
+                DATASETS[name].fetch(part / folder.name)
                 os.replace(part / folder.name, folder)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-    except (OSError, RuntimeError, http.client.HTTPException, zipfile.BadZipFile, zlib.error) as e:
+    except Exception as e:                                   # of files, sockets, HTTP, zip, zlib: all sorts
         raise DataError(f"cannot download {name} ({e}): "
                         f"fetch it on another machine and put it at {folder}, so that there is "
                         f"{folder / (DATASETS[name].needs or ('',))[0]}") from e
@@ -589,7 +576,8 @@ def decode(path: str | Path, size: int) -> Tensor:
 def decoded(folder: Path, known: Dataset, places: list[Path]) -> Pool:
     """The dataset in a folder, its pictures kept in the first of `places` that can be written, or CACHE."""
     found, size = known.list(folder), known.size
-    pictures, labels, classes, test, train = listed(*found)
+    label_of, classes, parts = listed(*found)
+    pictures, labels = list(label_of), list(label_of.values())
     paths = [os.path.join(folder, picture) for picture in pictures]
     with refusing(str(found.source), DataError):
         stats = [ordinary(path) for path in told(paths, len(paths), "looking for pictures")]
@@ -597,9 +585,9 @@ def decoded(folder: Path, known: Dataset, places: list[Path]) -> Pool:
     fingerprint = digest(pictures, sizes, [s.st_mtime_ns for s in stats], size)
     cache = CACHE / f"{digest(os.fsencode(folder.resolve()))}-{size}.u8"
     images = keep(paths, (len(paths), 3, size, size), fingerprint, [*places, cache])
-    test, train = (None if rows is None else torch.tensor(rows) for rows in (test, train))
+    split = {part: torch.tensor(rows) for part, rows in parts.items() if rows}
     name = digest(pictures, sizes, labels, classes, size)
-    return Pool(images, torch.tensor(labels), classes, name, known.prompt, test, train)
+    return Pool(images, torch.tensor(labels), classes, name, known.prompt, **split)
 
 
 def keep(paths: list[str], shape: tuple[int, ...], fingerprint: str, places: list[Path]) -> Tensor:
@@ -607,7 +595,7 @@ def keep(paths: list[str], shape: tuple[int, ...], fingerprint: str, places: lis
     for place in places:
         if (images := mapped(place, shape, fingerprint)) is not None:
             return images
-    for place, fallback in zip(places, [*places[1:], None]):
+    for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with locked(Path(f"{place}.lock")):
@@ -617,10 +605,11 @@ def keep(paths: list[str], shape: tuple[int, ...], fingerprint: str, places: lis
                 raise OSError("they cannot be mapped into memory there")
             return images
         except OSError as e:
-            said = f"cannot keep decoded pictures ({prod(shape) / 1e9:.1f} GB) in {place.parent}: {reason(e)}"
-            if fallback is None:
+            said = (f"cannot keep decoded pictures ({prod(shape) / 1e9:.1f} GB) in {place.parent}: "
+                    f"{e.strerror or e}")
+            if place == places[-1]:
                 raise DataError(f"{said}; XDG_CACHE_HOME names another place") from e
-            progress(f"{said}; they go to {fallback.parent}", last=True)
+            progress(f"{said}; they go to {places[-1].parent}")
 
 
 def mapped(place: Path, shape: tuple[int, ...], fingerprint: str) -> Tensor | None:
@@ -644,10 +633,9 @@ def decode_all(paths: list[str], size: int, place: Path, fingerprint: str) -> No
     part, total, pool = Path(f"{place}.part"), len(paths), ThreadPoolExecutor()
     pictures = (picture for start in range(0, total, 256)       # a few hundred at a time bound the memory
                 for picture in pool.map(partial(decode, size=size), paths[start: start + 256]))
-    progress(f"decoding {total} pictures", last=True)
+    progress(f"decoding {total} pictures")
     try:
-        part.unlink(missing_ok=True)                                     # of a run that was killed
-        with open(part, "xb") as file:
+        with open(part, "wb") as file:
             for picture in told(pictures, total, "decoding pictures"):
                 file.write(picture.numpy().tobytes())
             file.write(fingerprint.encode())
@@ -692,7 +680,10 @@ def warp(images: Tensor, maps: Sequence[Tensor], size: int, padding: str, mode: 
 
 
 def random_crop(images: Tensor, u: Tensor, size: int, least: float = 0.5, bicubic: bool = False) -> Tensor:
-    """Random crop (area least..1, ratio 3/4..4/3) and flip; images (..., 3, S, S) and u (..., 5) in 0..1."""
+    """Random crop (area least..1, ratio 3/4..4/3) and flip; images (..., 3, S, S) and u (..., 5) in 0..1.
+
+    u: the chance in it, for area, ratio, x, y and flip, so that a crop can be repeated.
+    """
     area, ratio = least + (1 - least) * u[..., 0], (4 / 3) ** (2 * u[..., 1] - 1)
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     x, y = (2 * u[..., 2] - 1) * (1 - width), (2 * u[..., 3] - 1) * (1 - height)
@@ -716,8 +707,8 @@ def jitter(images: Tensor, factors: Tensor) -> Tensor:
 def five_views(images: Tensor, u: Tensor) -> Tensor:
     """The released five views, in 0..1: plain; rotation, jitter and flip; rotation; jitter; flip.
 
-    (E, M, ...) -> (E, 5 M, ...), view first. u (E, M, 8) uniform in 0..1: two angles (-45..45 degrees), twice
-    three jitter factors (0.6..1.4). Flips are certain.
+    (E, M, ...) -> (E, 5 M, ...): all pictures in the first view, then in the next. u (E, M, 8) uniform in
+    0..1: two angles (-45..45 degrees), twice three jitter factors (0.6..1.4). Flips are certain.
     """
     def turned(angle: Tensor, flip: float) -> Tensor:
         cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
@@ -731,9 +722,9 @@ def five_views(images: Tensor, u: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Batches:
-    """What the steps of E tasks see, the same whenever asked; all chance is drawn from each task's own seed.
+    """The pictures of each training step, for E tasks at once, the same whenever a step is asked for.
 
-    A full batch is indexed once, the pictures of mini-batches step by step.
+    All chance is drawn from each task's own seed. A full batch is indexed once, mini-batches step by step.
     """
     images: Tensor                      # (N, 3, S, S) uint8, a pool's
     support: Tensor                     # (E, M) rows of it
@@ -749,7 +740,7 @@ class Batches:
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     device: torch.device | str = "cpu"
-    told: Callable[[int], object] = int # called with every step that is asked for
+    told: Callable[[int], object] = int # hears of every step asked for; int: nobody does
 
     def __post_init__(self):
         tasks, self.pictures = self.support.shape                        # E, M

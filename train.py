@@ -30,8 +30,10 @@ import time
 if __name__ == "__main__":                       # Ctrl-C while torch is being imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
 from functools import cache, cached_property
@@ -45,8 +47,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 
+import atha
 import clip_min
 import data
 from atha import (PARTS, Hook, LoRA, Part, Probe, Step, compare, draw_patches, gap_shift, linear_cka,
@@ -69,7 +73,7 @@ def option(groups: str, default, text: str, low: float = 0, high: float = 1e300,
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every hyper-parameter; defaults are the papers'. Block numbers are given for towers of 12 blocks."""
+    """Every hyper-parameter; defaults are the papers'. Blocks count from 0, of 12 (see Part.at_depth)."""
     # every method, and zero-shot
     prompt: str = option("all", "a photo of a {}.", "text of a class, {} is its name")
     scale: float = option("all", 100.0, "logits are this times the cosine")
@@ -143,6 +147,7 @@ def own_part(place: str) -> type[Part]:
     """The class of a user's own method, "FILE.py:NAME". Raises UsageError."""
     file, _, name = place.rpartition(":")
     try:
+        data.ordinary(file)
         sys.path.append(str(Path(file).resolve().parent))         # for what it imports from beside it
         part = runpy.run_path(file)[name]
         if not issubclass(part, Part):
@@ -234,7 +239,21 @@ def fields_of(recipe: Recipe, method: str) -> dict[str, object]:
 def share_weights(backbone: CLIP) -> CLIP:
     """A second backbone over the same, frozen, tensors: what is learned in it leaves the first alone."""
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in backbone.parameters()}
-    return copy.deepcopy(backbone, memo)                          # takes what is in memo as copied
+    return copy.deepcopy(backbone, memo)          # what memo names counts as copied: old numbers, new modules
+
+
+def fitting(part: Part, where: str, made: object, like: Tensor) -> Tensor | float:
+    """What a part made, if the loop can go on with it: it may be the user's own. Raises UsageError.
+
+    It is as `like` is, but that a vision hook may make more or fewer tokens, and a loss may be a number.
+    """
+    def kind(x: Tensor) -> tuple:
+        return x.dtype, x.dim(), x.shape[::2] if where == "vision_hook" else x.shape
+    alike = isinstance(made, Tensor) and kind(made) == kind(like)
+    if alike or where == "loss" and type(made) in (int, float):
+        return made
+    got, wanted = (f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else repr(x) for x in (made, like))
+    raise UsageError(f"{type(part).__name__}.{where} gave {got} where {wanted} is wanted")
 
 
 class Learner(nn.Module):
@@ -267,10 +286,10 @@ class Learner(nn.Module):
         block = self.recipe.text_block * self.backbone.config.text_layers // 12            # negative: last
 
         def hook(x: Tensor, layer: int) -> Tensor:                       # x: (E*N, T, D)
-            if layer and layer == block + 1:
+            if layer and layer == block + 1:     # the releases take the tokens' texts off an earlier block
                 early[block] = x
             for part in self.parts:
-                x = part.text_hook(x, layer)
+                x = fitting(part, "text_hook", part.text_hook(x, layer), like=x)
             return x
         final = self.backbone.encode_text(ids, hook)
         token_text = self.backbone.read_text(early[block], ids) if block in early else final
@@ -279,11 +298,12 @@ class Learner(nn.Module):
 
     def hook(self, token_text: Tensor, probe: Hook | None = None) -> Hook:
         """All vision hooks as one, for class texts (E, N, embed); a probe sees the tokens first."""
-        hooks = [probe, *(part.vision_hook(token_text) for part in self.parts)]
+        hooks = [(part, one) for part in self.parts if (one := part.vision_hook(token_text))]
 
         def hook(tokens: Tensor, layer: int) -> Tensor:
-            for one in filter(None, hooks):
-                tokens = one(tokens, layer)
+            tokens = probe(tokens, layer) if probe else tokens
+            for part, one in hooks:
+                tokens = fitting(part, "vision_hook", one(tokens, layer), like=tokens)
             return tokens
         for part in self.parts:
             hook = part.enclose(hook)
@@ -335,7 +355,12 @@ class Steps:
 def optimizers_of(learner: Learner) -> tuple[list, list]:
     """AdamW and SGD over what the parts learn, and AdamW's cosine schedule; each list holds what there is."""
     r, groups = learner.recipe, {"adamw": [], "sgd": []}
-    for kind, parameters, lr in (group for part in learner.parts for group in part.groups()):
+    saved = {id(learner.get_parameter(name)) for name in learner.names}
+    for part, (kind, parameters, lr) in ((part, group) for part in learner.parts for group in part.groups()):
+        parameters = list(parameters)
+        if kind not in groups or not saved.issuperset(map(id, parameters)):
+            raise UsageError(f"{type(part).__name__}.groups takes adamw or sgd, and parameters of the part "
+                             "that its __init__ made, as no others are saved")
         groups[kind].append({"params": parameters, "lr": lr})
     adamw = groups["adamw"] and [torch.optim.AdamW(groups["adamw"], weight_decay=r.weight_decay, fused=True)]
     # momentum and decay are the released trainer's, and CoOp's and MaPLe's
@@ -348,7 +373,7 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
           recipe: Recipe | str = "paper", *, batches: Callable[[int], tuple[Tensor, Tensor]] | None = None,
           seeds: Sequence[object] | None = None, lora_A: dict[str, Tensor] | None = None,
           picks: Tensor | None = None, chunk: int = 0, compile: bool = False) -> Learner:
-    """Fine-tune E episodes in one batch, each as if alone but for dropout's masks; clip itself is left alone.
+    """Fine-tune E episodes in one batch, each as it would go alone, but for dropout; clip stays as it was.
 
     support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> Learner with .losses
     (steps, E) and .logits. method: as on the command line. recipe: a Recipe, or a name as there, for M / N
@@ -379,7 +404,7 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
         plain, plain_labels = images[:, :0], wanted[:, :0]
         if any(part.wants_plain(number) for part in learner.parts):
             plain, plain_labels = batches.plain(number)                              # (E, K, 3, S, S), (E, K)
-        if text is None or learner.learns_text:
+        if text is None or learner.learns_text:     # class texts change only where the text tower learns
             with torch.set_grad_enabled(learner.learns_text):
                 text, token_text = learner.text()                                    # (E, N, embed)
         inputs = torch.cat([images, plain], 1) if plain.shape[1] else images
@@ -387,11 +412,11 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
         features, plain_features = features.split([images.shape[1], plain.shape[1]], 1)
         logits = recipe.scale * features @ text.mT                                   # (E, B, N)
         loss = F.cross_entropy(logits.mT, wanted, reduction="none").mean(1)          # (E,)
-        step = Step(number, features=features, labels=wanted, text=text, plain=plain_features,
+        step = Step(number, features=features, labels=wanted, logits=logits, text=text, plain=plain_features,
                     plain_labels=plain_labels, rows=batches.rows(number), total=batches.shown)
         for part in learner.parts:
-            loss = loss + part.loss(step)
-        loss.sum().backward()
+            loss = loss + fitting(part, "loss", part.loss(step), like=loss)
+        loss.sum().backward()        # a mean would make an episode's steps depend on how many there are
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -418,7 +443,7 @@ def halving(work: Callable[[int], object], at_once: int, what: str) -> tuple[obj
         if at_once == 1:                                    # out here the traceback no longer holds the batch
             raise UsageError(f"out of memory with one {what} at a time")
         at_once //= 2
-        progress(f"out of memory: {at_once} {what}s at a time from here on", last=True)
+        progress(f"out of memory: {at_once} {what}s at a time from here on")
 
 
 def ahead(call: Callable, items: Sequence) -> Iterator:
@@ -436,7 +461,17 @@ def ahead(call: Callable, items: Sequence) -> Iterator:
 def rank_and_size() -> tuple[int, int]:
     """This process and the number of them, as torchrun sets them."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return (int(rank), int(size)) if rank.isdecimal() and size.isdecimal() else (0, 1)
+    set_so = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
+    return (int(rank), int(size)) if set_so else (0, 1)
+
+
+def join_others() -> None:
+    """Where there are several processes: to wait for each other and gather results. Raises UsageError."""
+    if rank_and_size()[1] > 1:
+        try:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        except (ValueError, RuntimeError) as e:
+            raise UsageError(f"cannot join the other processes: {str(e).splitlines()[0]}") from e
 
 
 def gathered(mine: object) -> list:
@@ -454,10 +489,12 @@ def pictures_at_once(backbone: CLIP, device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        known = Path("/proc/meminfo")                        # where there is none, a small machine is assumed
-        found = re.search(r"MemAvailable:\s*(\d+)", known.read_text() if known.exists() else "")
+        known = ""                                           # where nothing tells, a small machine is assumed
+        with suppress(OSError):
+            known = Path("/proc/meminfo").read_text()
+        found = re.search(r"MemAvailable:\s*(\d+)", known)
         free = 1024 * int(found[1]) if found else 4 * 2 ** 30
-    numbers = 15 if device.type == "cuda" else 30                  # measured: kept a token, block and channel
+    numbers = 15 if device.type == "cuda" else 30  # that backward keeps a token, block and channel: measured
     per_picture = numbers * size * c.vision_width * c.vision_layers * ((c.image // c.patch) ** 2 + 1)
     return max(1, int(0.7 * free / per_picture))
 
@@ -539,33 +576,34 @@ class Job:
 
 # ---------------------------------------------------------------------------------------------------- results
 
-PAPER = {    # (method, shot) -> reported accuracies, %, in the order of COLUMNS; one row a paper
-    ("clip-lora", 1): [(35.23, 81.41, 85.32, 21.73, 55.92), (36.40, 81.72, 84.62, 21.86, 56.07)],
-    ("clip-lora", 5): [(51.10, 92.52, 96.21, 24.13, 65.99)],
-    ("atha", 1): [(38.86, 82.56, 87.99, 24.00, 58.35)],
-    ("tir", 1): [(39.38, 82.53, 86.91, 23.98, 58.20)],
-    ("tir", 5): [(56.73, 93.49, 97.42, 26.12, 68.44)],
-    ("svl", 1): [(38.12, 85.02, 87.20, 22.68, 58.26)],
-    ("tir-inhibit", 5): [(None, None, None, None, 67.66)],
-    ("tir-enhance", 5): [(None, None, None, None, 67.23)],
-    ("svl-only", 1): [(None, None, None, None, 57.55)],
-    ("ra-only", 1): [(None, None, None, None, 57.17)],
-}
-PAPER_PE_CORE = {                                                # the same on PE-Core-B/16, SVL's best rows
-    ("clip-lora", 1): [(40.89, 84.49, 91.75, 22.02, 59.78)],
-    ("clip-lora", 5): [(None, None, None, None, 68.64)],
-    ("svl", 1): [(45.01, 86.83, 93.03, 23.66, 62.14)],
-    ("svl", 5): [(None, None, None, None, 70.29)],
-}
-COLUMNS = ("isic", "eurosat", "cropdiseases", "chestx", "mean")
-Cells = dict[tuple[str, int, str], dict[int, float]]          # (method, shot, dataset) -> episode -> accuracy
+# What the papers report, in %, on a family of backbones (PE-Core-B/16: SVL's best rows); a row a paper
+PAPER = """
+family   method       shot   isic   eurosat  cropdiseases  chestx  mean
+clip     clip-lora    1      35.23  81.41    85.32         21.73   55.92
+clip     clip-lora    1      36.40  81.72    84.62         21.86   56.07
+clip     clip-lora    5      51.10  92.52    96.21         24.13   65.99
+clip     atha         1      38.86  82.56    87.99         24.00   58.35
+clip     tir          1      39.38  82.53    86.91         23.98   58.20
+clip     tir          5      56.73  93.49    97.42         26.12   68.44
+clip     svl          1      38.12  85.02    87.20         22.68   58.26
+clip     tir-inhibit  5      -      -        -             -       67.66
+clip     tir-enhance  5      -      -        -             -       67.23
+clip     svl-only     1      -      -        -             -       57.55
+clip     ra-only      1      -      -        -             -       57.17
+pe-core  clip-lora    1      40.89  84.49    91.75         22.02   59.78
+pe-core  clip-lora    5      -      -        -             -       68.64
+pe-core  svl          1      45.01  86.83    93.03         23.66   62.14
+pe-core  svl          5      -      -        -             -       70.29
+"""
+OWN_FILE = re.compile("[^+]*:")      # of a user's own method; files of results are named without it
 
 
 def paper_figure(method: str, shot: int, column: str, family: str = "clip") -> str:
     """What the papers report on this family of backbones, " (81.41 / 81.72)" where two do, or ""."""
-    reported = {"clip": PAPER, "pe-core": PAPER_PE_CORE}.get(family, {}).get((method, shot), [])
-    figures = [row[COLUMNS.index(column)] for row in reported if column in COLUMNS]
-    known = " / ".join(f"{f:.2f}" for f in figures if f is not None)
+    head, *rows = (line.split() for line in PAPER.strip().splitlines())
+    told = [row[head.index(column)] for row in rows
+            if row[:3] == [family, method, str(shot)] and column in head[3:]]
+    known = " / ".join(figure for figure in told if figure != "-")
     return f" ({known})" if known else ""
 
 
@@ -589,21 +627,20 @@ class Results:
     """
 
     def __init__(self, stem: Path, header: dict, rank: int = 0):
-        self.stem, self.header, self.done = stem, header, {}
-        stem.parent.mkdir(parents=True, exist_ok=True)
+        self.header, self.done = header, {}
         part = stem.with_name(f"{stem.name}.part{rank}.jsonl")
+        part.parent.mkdir(parents=True, exist_ok=True)
         if part.exists():
             data.ordinary(part)
         self.file = part.open("a+b")
         if not data.try_lock(self.file):
             raise UsageError(f"{part}: another run is writing it")
-        for one in sorted(stem.parent.glob(glob.escape(stem.name) + ".part*.jsonl")):
-            data.ordinary(one)
+        for one in sorted(part.parent.glob(glob.escape(stem.name) + ".part*.jsonl")):
             self.read(one)
         whole = whole_lines(part)
         self.file.truncate(sum(len(line) + 1 for line in whole))
         if not whole:
-            self.write(header)
+            self.append([header])
 
     def read(self, part: Path) -> None:
         for number, line in enumerate(whole_lines(part), 1):
@@ -621,25 +658,24 @@ class Results:
 
     def compare(self, part: Path, header: dict) -> None:
         """Refuses a part that was made in another way; a field that it does not know had its default."""
-        ours = json.loads(json.dumps(self.header))                       # a tuple is a list there
-        defaults = json.loads(json.dumps(asdict(Recipe())))
+        ours, defaults = json.loads(json.dumps([self.header, asdict(Recipe())]))     # a tuple is a list there
         old, new = ({**x, **defaults, **x["recipe"], "recipe": ""} for x in (header, ours))
         for key in {**new, **old}:
             if old.get(key) != new.get(key):
+                same = f"--precision {old.get(key)}, " * (key == "precision")
                 raise UsageError(f"{part} was made with {key} {old.get(key)!r}, this run has "
-                                 f"{new.get(key)!r}; give another --out, or remove it")
-
-    def write(self, *records: dict) -> None:
-        self.file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        self.file.flush()
+                                 f"{new.get(key)!r}; give {same}another --out, or remove it")
 
     def append(self, records: list[dict]) -> None:
-        self.write(*records)
-        self.done |= {record["episode"]: record for record in records}
+        with data.refusing(f"cannot write {self.file.name}"):
+            self.file.write("".join(json.dumps(record) + "\n" for record in records).encode())
+            self.file.flush()
+        self.done |= {record["episode"]: record for record in records if "episode" in record}
 
 
 def whole_lines(part: Path) -> list[bytes]:
     """Lines of a part, without half a one of a killed run; none if the first is alone: that run failed."""
+    data.ordinary(part)
     lines = part.read_bytes().split(b"\n")[:-1]
     return lines if len(lines) > 1 else []
 
@@ -658,50 +694,55 @@ def table(title: str, found: dict[tuple[str, str], list[float]], shot: int, sign
     return ["", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def markdown(cells: Cells, family: str = "clip") -> str:
-    """The papers' tables, one a shot, their figures for a family in brackets; below, paired differences."""
+def markdown(cells: dict[tuple[str, int, str], dict[int, float]], family: str = "clip") -> str:
+    """The papers' tables, one a shot, their figures for a family in brackets; below, paired differences.
+
+    cells: of each method, shot and dataset the accuracy of every episode by its number.
+    """
     lines = []
     for shot in sorted({shot for _, shot, _ in cells}):
-        of_shot, paired = {(m, dataset): x for (m, s, dataset), x in cells.items() if s == shot}, {}
-        for (method, dataset), x in of_shot.items():
-            base = of_shot.get(("clip-lora", dataset), {})
-            if method != "clip-lora" and (both := sorted(x.keys() & base.keys())):
-                paired[method, dataset] = [x[n] - base[n] for n in both]
-        lines += table(f"{shot}-shot", {key: x.values() for key, x in of_shot.items()}, shot, family=family)
+        found, paired = {}, {}
+        for (method, of_shot, dataset), x in cells.items():
+            base = cells.get(("clip-lora", shot, dataset), {})
+            if of_shot == shot:
+                found[method, dataset] = x.values()
+                if method != "clip-lora" and (both := sorted(x.keys() & base.keys())):
+                    paired[method, dataset] = [x[n] - base[n] for n in both]
+        lines += table(f"{shot}-shot", found, shot, family=family)
         lines += table("minus clip-lora, paired", paired, shot=0, sign="+") if paired else []
     return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------- protocols
 
-def task_of(args: argparse.Namespace, pool: Pool, shot: int, number: int) -> Task:
-    """Task `number` of a protocol: an episode, or all classes and the whole test split."""
-    if args.split:
-        return pool.split(shot, args.seed + number)
-    return pool.task(number, way=args.way, shot=shot, query=args.query, seed=args.seed)
+def tasks_of(args: Namespace, pool: Pool, shot: int, numbers: Iterable[int],
+             ) -> tuple[list[Task], list[tuple]]:
+    """Tasks of a protocol by number, episodes or (all classes, the whole test split), and a seed for each."""
+    tasks = [pool.split(shot, args.seed + n) if args.split else
+             pool.task(n, way=args.way, shot=shot, query=args.query, seed=args.seed) for n in numbers]
+    return tasks, [(args.seed, n) for n in numbers]
 
 
-def make_job(args: argparse.Namespace, backbone: CLIP, tokenizer: Tokenizer, pool: Pool, recipe: Recipe,
+def make_job(args: Namespace, backbone: CLIP, tokenizer: Tokenizer, pool: Pool, recipe: Recipe,
              method: str, phrases: Sequence[str] | None = None) -> Job:
     token_ids = class_rows(tokenizer, recipe.prompt, phrases or pool.classes, backbone.config.context)
     return Job(backbone, pool, token_ids.to(backbone.logit_scale.device), method, recipe, args.compile)
 
 
 def own_code(method: str) -> dict[str, str]:
-    """What the code of a user's own methods is, so that results of two versions are not mixed."""
-    files = [name.rpartition(":")[0] for name in method.split("+") if ":" in name]
-    return {"code": data.digest(*(Path(file).read_bytes() for file in files))} if files else {}
+    """What the code of a user's own methods is, so that results of two versions are not mixed.
+
+    Of the files that are named, not of what these import.
+    """
+    code = [Path(name.rpartition(":")[0]).read_bytes() for name in method.split("+") if ":" in name]
+    return {"code": data.digest(*code)} if code else {}
 
 
-def short(method: str) -> str:
-    """A method in a file's name: a user's own by its class."""
-    return "+".join(name.rpartition(":")[2] for name in method.split("+"))
-
-
-def tasks_at_once(job: Job, task: Task) -> int:
-    """How many tasks train in one batch, by free memory."""
-    fits = pictures_at_once(job.backbone, job.device) // job.shown(task)
-    return min(128 if job.device.type == "cuda" else 16, max(1, fits))
+@cache
+def program() -> str:
+    """What this program's own code is, which every record tells as it has no version that is kept up."""
+    return data.digest(*(Path(module.__file__).read_bytes() for module in (atha, clip_min, data)),
+                       Path(__file__).read_bytes())
 
 
 def try_tasks(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], told: Callable) -> list[dict]:
@@ -713,9 +754,9 @@ def try_tasks(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], told: Cal
     logits = job.logits(learner, tasks, told=lambda done: told(0.9 + 0.1 * done / most))
     check_numbers(seeds, logits, "the answers are not a number in {}: lower --lr")
     losses = learner.losses[-1:].sum(0).tolist()                 # 0 where nothing was trained
-    right = [(x.argmax(-1) == task.truth).double().mean().item() for x, task in zip(logits, tasks)]
-    return [{"episode": number, "accuracy": 100 * share, "loss": loss}
-            for (_, number), share, loss in zip(seeds, right, losses)]
+    right = [(x.argmax(-1) == task.truth).double() for x, task in zip(logits, tasks)]
+    return [{"episode": number, "accuracy": 100 * x.mean().item(), "loss": loss}
+            for (_, number), x, loss in zip(seeds, right, losses)]
 
 
 def merged(mine: dict) -> dict:
@@ -723,28 +764,33 @@ def merged(mine: dict) -> dict:
     return {key: value for theirs in gathered(mine) for key, value in theirs.items()}
 
 
-def run_job(args: argparse.Namespace, job: Job, dataset: str, shot: int) -> dict[int, float]:
+def run_job(args: Namespace, job: Job, dataset: str, shot: int) -> dict[int, float]:
     """Train what is not done yet, in batches of tasks; returns the accuracy of every task by its number."""
     rank, size = rank_and_size()
     episodes = args.episodes or (3 if args.split else 100 if dataset == "toy" else 800 if shot == 1 else 400)
-    dataset, kind = Path(dataset).name, "split" if args.split else f"{args.way}way"
-    name = f"{dataset}-{kind}-{shot}shot-{short(job.method)}-{args.recipe}-seed{args.seed}"
-    protocol = {"split": job.pool.split_fingerprint} if args.split else {"way": args.way, "query": args.query}
+    dataset, kind, protocol = Path(dataset).name, f"{args.way}way", {"way": args.way, "query": args.query}
+    if args.split:
+        pool, kind = job.pool, "split"
+        protocol = {"split": data.digest(pool.train.tolist(), pool.test.tolist())}
+    name = f"{dataset}-{kind}-{shot}shot-{OWN_FILE.sub('', job.method)}-{args.recipe}-seed{args.seed}"
     header = {"dataset": dataset, **protocol, "shot": shot, "seed": args.seed, "method": job.method,
               "recipe": fields_of(job.recipe, job.method), **own_code(job.method),
               "precision": args.precision, "weights": job.backbone.fingerprint, "data": job.pool.fingerprint}
-    if any(other != (header, episodes) for other in gathered((header, episodes))):
+    if gathered((header, episodes)) != [(header, episodes)] * size:
         raise UsageError("the processes were not started with the same command")
     results = Results(Path(args.out) / name, header, rank)
     results.done = merged(results.done)
     missing = [n for n in range(episodes) if n not in results.done]
     todo, before = missing[rank::size], 0
-    at_once = args.batch or tasks_at_once(job, task_of(args, job.pool, shot, 0))
-    made_by = {"device": str(job.device), "ranks": size, "compile": job.compile, "torch": torch.__version__}
+    (first,), _ = tasks_of(args, job.pool, shot, [0])
+    fits = pictures_at_once(job.backbone, job.device) // job.shown(first)
+    at_once = args.batch or min(128 if job.device.type == "cuda" else 16, max(1, fits))
+    made_by = {"device": str(job.device), "ranks": size, "compile": job.compile, "torch": torch.__version__,
+               "program": program()}
     clock = data.Clock(name, len(todo))
     if rank == 0 and todo:
-        progress(f"{name}: {episodes - len(missing)} of {episodes} episodes are done, "
-                 f"the others {at_once} at a time", last=True)
+        progress(f"{name}: {episodes - len(missing)} of {episodes} {args.task}s are done, "
+                 f"the others {at_once} at a time")
     if job.compile:
         torch.compiler.reset()                               # other shapes: old graphs would only count
 
@@ -755,12 +801,10 @@ def run_job(args: argparse.Namespace, job: Job, dataset: str, shot: int) -> dict
             clock.tell(done, f"{before}/{len(todo)}{so_far}", last=before == len(todo))
 
     def batch(at_once: int) -> list[dict]:
-        numbers = todo[before: before + at_once]
-        tasks = [task_of(args, job.pool, shot, n) for n in numbers]
-        seeds = [(args.seed, n) for n in numbers]
-        return try_tasks(job, tasks, seeds, told=lambda share: told(before + share * len(numbers)))
+        tasks, seeds = tasks_of(args, job.pool, shot, todo[before: before + at_once])
+        return try_tasks(job, tasks, seeds, told=lambda share: told(before + share * len(tasks)))
     while before < len(todo):
-        records, at_once = halving(batch, at_once, "episode")
+        records, at_once = halving(batch, at_once, args.task)
         made_by |= {"batch": len(records), "elapsed": round(time.monotonic() - clock.begun, 2)}
         results.append([record | made_by for record in records])
         before += len(records)
@@ -774,10 +818,6 @@ def run_job(args: argparse.Namespace, job: Job, dataset: str, shot: int) -> dict
 AT_ONCE, MINI = 64, 16   # --fit sees up to 64 pictures in every step; of more, 16, in four times the steps
 SHEET = 48               # pictures on the sheet that --predict draws
 VERDICTS = ("within noise: these pictures cannot tell whether tuning helps", "tuning helps", "tuning harms")
-RESPELLED = {            # modules, as transformers calls them
-    "visual.transformer.resblocks": "vision_model.encoder.layers",
-    "transformer.resblocks": "text_model.encoder.layers", ".attn.": ".self_attn.",
-}
 NOTES = {                # what --save notes beside the tensors, and of what kind it is
     "classes": list, "phrases": list, "method": str, "recipe": dict, "weights": str,
     "code": dict, "place": (str, type(None)), "temperature": (float, type(None)), "size": int,
@@ -788,10 +828,10 @@ def read_names(path: str, classes: Sequence[str]) -> list[str]:
     """Phrase of each class: what a JSON object says of the folder, or its name. Raises UsageError."""
     try:
         names = json.loads(data.read_text(Path(path)))
-    except (ValueError, RecursionError) as e:
-        raise UsageError(f"--names {path} is not JSON: {e}") from e
+    except (ValueError, RecursionError):
+        names = None
     if not isinstance(names, dict) or not all(isinstance(phrase, str) for phrase in names.values()):
-        raise UsageError(f'--names {path} must hold one object of texts, {{"folder": "phrase", ...}}')
+        raise UsageError(f'--names {path} must hold one JSON object of texts, {{"folder": "phrase", ...}}')
     if unknown := [name for name in names if name not in classes]:
         raise UsageError(f"--names {path}: no class folder {unknown[0]!r}; there are {', '.join(classes)}")
     return [names.get(name, name) for name in classes]
@@ -810,6 +850,18 @@ def check_writable(path: Path) -> None:
         raise UsageError(f"cannot write {path}: {e.strerror}") from e
 
 
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to write beside the target, whose place it takes when that is done. Raises DataError."""
+    part = target.with_name(f"{os.getpid()}.part{target.suffix}")
+    with data.refusing(f"cannot write {target}", OSError):
+        try:
+            yield part
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def own_tasks(pool: Pool, holdout: int, folds: int, seed: int) -> list[Task]:
     """The task to be fitted, with `holdout` pictures a class as queries; after it one for each fold.
 
@@ -819,24 +871,26 @@ def own_tasks(pool: Pool, holdout: int, folds: int, seed: int) -> list[Task]:
         return Task(torch.arange(len(pool.classes)), support, pool.labels[support], query, pool.labels[query])
     order = [rows[torch.randperm(len(rows), generator=generator("holdout", seed, label))]
              for label, rows in enumerate(pool.rows)]
-    kept, held = (torch.cat(part) for part in zip(*((rows[holdout:], rows[:holdout]) for rows in order)))
+    kept, held = torch.cat([rows[holdout:] for rows in order]), torch.cat([rows[:holdout] for rows in order])
     rows = torch.cat(sorted(order, key=len))                     # what is cut off is of the largest class
     fold = torch.arange(len(rows)) % max(folds, 1)
     least = int((fold > 0).sum())
     return [task(kept, held), *(task(rows[fold != k][:least], rows[fold == k]) for k in range(folds))]
 
 
-def fit(args: argparse.Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
+def fit(args: Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
     """Fine-tune once on a folder of class folders, tell how far to trust what comes out, and keep it."""
-    pool, method = data.load_folder(args.fit), args.method[0]
+    pool, method, place = data.load_folder(args.fit), args.method[0], args.weights
     phrases = read_names(args.names, pool.classes) if args.names else pool.classes
-    check_writable(Path(args.save))
     if len(pool.classes) < 2:
         raise UsageError(f"{args.fit} has one class, {pool.classes[0]!r}: there is nothing to tell apart")
     needed = max(args.holdout + 1, args.folds)
     if short := [f"{name!r} has {len(r)}" for name, r in zip(pool.classes, pool.rows) if len(r) < needed]:
         flag = f"--folds {args.folds}" if args.folds else f"--holdout {args.holdout}"
         raise UsageError(f"{flag} takes {needed} pictures of every class or more: {', '.join(short)}")
+    if pool.train is not None:
+        progress(f"{args.fit} has a split: of its {len(pool.labels)} pictures, the {len(pool.train)} of its "
+                 "training part are used")
     whole, *folds = own_tasks(pool, args.holdout, args.folds, args.seed)
     trials = folds or [whole]
     shown = len(trials[0].support)
@@ -846,19 +900,15 @@ def fit(args: argparse.Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
     job = make_job(args, backbone, tokenizer, pool, flagged(args, recipe), method, phrases)
 
     def fitted(tasks: Sequence[Task]) -> Learner:
-        seeds = [("fit", args.seed, k) for k in range(len(tasks))]
-        of_folds = f" of {len(tasks)} folds" * (len(tasks) > 1)
-        what = f"fitting {method} on {len(tasks[0].support)} pictures{of_folds}"
-        return trained(job, tasks, seeds, what, args.batch)
+        what = f"fitting {method} on {len(tasks[0].support)} pictures"
+        what += f" of {len(tasks)} folds" * (len(tasks) > 1)
+        return trained(job, tasks, [("fit", args.seed, k) for k in range(len(tasks))], what, args.batch)
     learner = fitted(trials)
     temperature = trust(job, learner, trials) if len(trials[0].query) else None
     learner = fitted([whole]) if folds else learner
-    place = args.weights
-    if place and os.path.exists(place):
-        place = os.path.abspath(place)
     notes = {"classes": pool.classes, "phrases": phrases, "method": method, "recipe": asdict(job.recipe),
-             "weights": backbone.fingerprint, "code": own_code(method),
-             "place": place, "temperature": temperature,
+             "weights": backbone.fingerprint, "code": own_code(method), "temperature": temperature,
+             "place": os.path.abspath(place) if place and os.path.exists(place) else place,
              "size": pool.images.shape[-1]}
     save(learner.learned(), args.save, {key: json.dumps(value) for key, value in notes.items()})
     doubt = "" if temperature else "; its percentages are not calibrated: --holdout or --folds would do that"
@@ -870,11 +920,11 @@ def trained(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], what: str,
             at_once: int | None = None) -> Learner:
     """A learner of tasks in one batch, so many pictures of each at once, or as memory allows."""
     steps, shown = job.recipe.steps, job.shown(tasks[0])
-    text = f"step {{}}/{steps} of {shown} pictures"
     clock, fits = data.Clock(what, steps), pictures_at_once(job.backbone, job.device) // len(tasks)
 
     def work(chunk: int) -> Learner:
-        return job.learn(tasks, seeds, chunk=chunk, told=lambda step: clock.tell(step, text.format(step)))
+        return job.learn(tasks, seeds, chunk=chunk, told=lambda step: clock.tell(
+            step, f"step {step}/{steps} of {shown} pictures"))
     learner, _ = halving(work, at_once or min(max(1, fits), shown), "picture")
     clock.tell(steps, f"{steps} steps", last=True)
     return learner
@@ -883,10 +933,11 @@ def trained(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], what: str,
 def trust(job: Job, learner: Learner, tasks: Sequence[Task]) -> float:
     """Print how the tasks' queries are answered, tuned and not; returns the temperature of the answers."""
     truth, right = torch.cat([task.truth for task in tasks]), {}                     # (n,)
-    frozen = Learner(job.backbone, job.token_ids.expand(len(tasks), -1, -1), "zero-shot", job.recipe)
+    frozen = Learner(job.backbone, learner.token_ids, "zero-shot", job.recipe)
     for name, model in {"zero-shot": frozen, job.method: learner}.items():
         logits = torch.cat(job.logits(model, tasks))                                 # (n, N)
-        right[name] = 100 * (logits.argmax(-1) == truth).double()
+        said = logits.argmax(-1)
+        right[name] = 100 * (said == truth).double()
     best, folds = 100 * int(truth.bincount().max()) / len(truth), f" in {len(tasks)} folds" * (len(tasks) > 1)
     print(f"{len(truth)} pictures held out{folds}; chance, the most frequent class: {best:.2f} %")
     for name, each in right.items():
@@ -896,10 +947,11 @@ def trust(job: Job, learner: Learner, tasks: Sequence[Task]) -> float:
     gain, noise = gains.mean().item(), mean_and_interval([*gains, -100, 100])[1]
     verdict = VERDICTS[(gain > noise) - (gain < -noise)]
     print(f"difference: {gain:+.2f} ± {noise:.2f} points, picture by picture: {verdict}")
-    print(*confusions(job.pool.classes, confusion_of(truth, logits.argmax(-1), logits.shape[-1])), sep="\n")
+    say_confusions(job.pool.classes, confusion_of(truth, said, len(job.pool.classes)))
     temperature = temperature_of(logits, truth)
     before, after = (100 * calibration_error((logits / t).softmax(-1), truth) for t in (1, temperature))
-    print(f"percentages are off by {before:.1f} points, {after:.1f} with temperature {temperature:.3g}")
+    print(f"percentages are off by {before:.1f} points, {after:.1f} with temperature {temperature:.3g}, "
+          "which was fitted to the same pictures")
     return temperature
 
 
@@ -916,8 +968,8 @@ def temperature_of(logits: Tensor, truth: Tensor) -> float:
 def calibration_error(probabilities: Tensor, truth: Tensor, bins: int = 10) -> float:
     """Expected calibration error, 0 to 1, of (n, N): share right against mean probability, bin by bin."""
     best, said = probabilities.double().max(-1)
-    of_bin = F.one_hot((best * bins).long().clamp(max=bins - 1), bins).double()      # (n, bins)
-    return ((of_bin.T @ ((said == truth).double() - best)).abs().sum() / len(truth)).item()
+    off = (best * bins).long().clamp(max=bins - 1).bincount((said == truth).double() - best)
+    return (off.abs().sum() / len(truth)).item()
 
 
 def confusion_of(truth: Tensor, said: Tensor, classes: int) -> Tensor:
@@ -925,18 +977,17 @@ def confusion_of(truth: Tensor, said: Tensor, classes: int) -> Tensor:
     return (truth * classes + said).bincount(minlength=classes ** 2).view(classes, classes)
 
 
-def confusions(classes: Sequence[str], confusion: Tensor) -> list[str]:
+def say_confusions(classes: Sequence[str], confusion: Tensor) -> None:
     """A line for each class, no wider than the terminal: pictures, share known, what others passed for."""
-    named = min(max(map(len, classes)), max(10, terminal_width() // 3))
-    lines = [f"{'true class':{named}s}  pictures    right  taken for"]
+    width = terminal_width()
+    named = min(max(map(len, classes)), max(10, width // 3))
+    print(f"{'true class':{named}s}  pictures    right  taken for"[:width])
     for label, (name, row) in enumerate(zip(classes, confusion.tolist())):
-        if not any(row):
-            continue
-        others = sorted((-n, classes[i]) for i, n in enumerate(row) if n and i != label)
-        right = f"{100 * row[label] / sum(row):6.1f} %"
-        lines.append(f"{clipped(name, named):{named}s}  {sum(row):8d} {right}  "
-                     + ", ".join(f"{printable(other)} {-n}" for n, other in others))
-    return [line[: terminal_width()] for line in lines]
+        if pictures := sum(row):
+            others = sorted((-n, classes[i]) for i, n in enumerate(row) if n and i != label)
+            others = ", ".join(f"{printable(other)} {-n}" for n, other in others)
+            right = 100 * row[label] / pictures
+            print(f"{clipped(name, named):{named}s}  {pictures:8d} {right:6.1f} %  {others}"[:width])
 
 
 def terminal_width() -> int:
@@ -972,17 +1023,6 @@ def read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise UsageError(f"cannot read {path} as a file that --save wrote: {e}") from e
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise UsageError(f"{path} is not a file that --save wrote, or of another version") from e
-
-
-def weights_of(path: str) -> str | None:
-    """Where the weights were that a saved file was made with; None: the default ones. Raises UsageError.
-
-    Nothing is fetched because a file says so: what is there no more must be named.
-    """
-    place = read_saved(path)[1]["place"]
-    if place and not os.path.exists(place):
-        raise UsageError(f"{path} was fitted on the weights {place}, which are not there: give --weights")
-    return place
 
 
 def load_tuned(path: str | Path, backbone: CLIP, tokenizer: Tokenizer, own: Sequence[str] = ()) -> Learner:
@@ -1032,136 +1072,105 @@ def pictures_in(folder: Path, skip: Callable[[object], None]) -> Iterator[Path]:
         seen.add(real)
 
 
-def classified(learner: Learner, paths: Sequence[Path]) -> Iterator[tuple[Path, Tensor | DataError]]:
-    """Probabilities (N,) of each picture, or why it can't be read; threads decode the next ones meanwhile."""
-    def attempt(path: Path) -> Tensor | DataError:
+def classified(learner: Learner, paths: Sequence[Path], skip: Callable[[object], None],
+               ) -> Iterator[tuple[Path, Tensor]]:
+    """Pictures with their probabilities (N,); threads decode the next ones meanwhile; skip as above."""
+    def attempt(path: Path) -> tuple[Path, Tensor] | None:
         try:
-            return decode(path, learner.size)
+            return path, decode(path, learner.size)
         except DataError as e:
-            return e
+            skip(e)
     chunks = [paths[i: i + 64] for i in range(0, len(paths), 64)]
     with ThreadPoolExecutor() as threads:
-        for chunk, found in zip(chunks, ahead(lambda chunk: list(threads.map(attempt, chunk)), chunks)):
-            images = [picture for picture in found if isinstance(picture, Tensor)]
-            if images:
+        for found in ahead(lambda chunk: list(filter(None, threads.map(attempt, chunk))), chunks):
+            if found:
+                readable, images = zip(*found)
                 images = learner.prepare(torch.stack(images)[None].to(learner.token_ids.device))
                 logits = learner.logits(images)[0].cpu() / (learner.temperature or 1)            # (n, N)
                 if not logits.isfinite().all():
                     raise UsageError("the answers are not numbers: use --precision float32")
-                rows = iter(logits.softmax(-1))
-            yield from ((path, x if isinstance(x, DataError) else next(rows))
-                        for path, x in zip(chunk, found))
+                yield from zip(readable, logits.softmax(-1))
 
 
-def predict(args: argparse.Namespace, learner: Learner) -> int:
+Answers = list[tuple[Path, str | None, str, float]]  # picture, its class folder, what was said, how surely
+
+
+def predict(args: Namespace, learner: Learner) -> int:
     """Classify pictures and folders; prints a table or JSON lines, returns 1 when something can't be read."""
-    classes, top, paths, skipped, found = learner.classes, min(args.top, len(learner.classes)), [], [], []
+    classes, top, paths, skipped, answers = learner.classes, min(args.top, len(learner.classes)), [], [], []
 
     def skip(reason: object) -> None:
         skipped.append(reason)
-        progress(f"skipped: {reason}", last=True)
+        progress(f"skipped: {reason}")
     for path in map(Path, args.predict[1:]):
         paths += pictures_in(path, skip) if path.is_dir() else [path]
     if not paths:
         raise UsageError("no pictures to classify: name pictures or folders after the saved file")
     if not learner.temperature:
-        progress("the percentages are not calibrated: --fit with --holdout or --folds does that", last=True)
+        progress("the percentages are not calibrated: --fit with --holdout or --folds does that")
     named = min(max(map(len, (*classes, "runner-up"))), max(9, (terminal_width() - 16) // top - 9))
     wide = min(max(len(printable(path)) for path in paths), max(16, terminal_width() - top * (named + 9)))
-
-    def say(picture: object, cells: Iterable[tuple[str, str]]) -> None:
-        print(f"{clipped(picture, wide):{wide}s}"
-              + "".join(f"  {clipped(name, named):{named}s}  {value:>5s}" for name, value in cells))
     if not args.json:
-        ranks = ("class", "runner-up", *(f"{rank}." for rank in range(3, top + 1)))
-        say("picture", [(rank, "%") for rank in ranks[:top]])
-    clock = data.Clock("classifying", len(paths))
-    for done, (path, answer) in enumerate(classified(learner, paths), 1):
-        if isinstance(answer, DataError):
-            skip(answer)
-            continue
-        best = [(classes[i], p) for p, i in zip(*(x.tolist() for x in answer.topk(max(2, top))))]
+        ranks = ["class", "runner-up", *(f"{rank}." for rank in range(3, top + 1))]
+        print("picture".ljust(wide) + "".join(f"  {rank:{named}s}      %" for rank in ranks[:top]))
+    for path, chances in data.told(classified(learner, paths, skip), len(paths), "classifying"):
+        best = [(classes[i], p) for p, i in zip(*map(Tensor.tolist, chances.topk(max(2, top))))]
         true = path.parent.name if path.parent.name in classes else None
-        found.append((path, true, *best[0]))
+        answers.append((path, true, *best[0]))
         if args.json:
             (name, p), (second, q) = best[:2]
             print(json.dumps({"picture": str(path), "class": name, "probability": p, "runner_up": second,
                               "runner_up_probability": q, "top": best[:top]}))
         else:
-            say(path, [(name, f"{100 * p:.1f}") for name, p in best[:top]])
-        if done % 64 == 0:                                       # they come by so many
-            clock.tell(done, f"{done}/{len(paths)} pictures")
-    say_accuracy(args, classes, found)
-    if args.draw and found:
-        draw_sheet(Path(args.draw), found, learner.size)
+            print(clipped(path, wide).ljust(wide)
+                  + "".join(f"  {clipped(name, named):{named}s}  {100 * p:5.1f}" for name, p in best[:top]))
+    if known := [(classes.index(true), classes.index(said)) for _, true, said, _ in answers if true]:
+        confusion = confusion_of(*torch.tensor(known).T, len(classes))
+        accuracy = 100 * int(confusion.trace()) / len(known)
+        if args.json:
+            print(json.dumps({"accuracy": accuracy, "pictures": len(known), "classes": classes,
+                              "confusion": confusion.tolist()}))
+        else:
+            print(f"\naccuracy {accuracy:.2f} % of {len(known)} pictures\n")
+            say_confusions(classes, confusion)
+    if args.draw and answers:
+        draw_sheet(Path(args.draw), answers, learner.size)
     return 1 if skipped else 0
 
 
-Found = list[tuple[Path, str | None, str, float]]    # picture, its class folder, what was said, how surely
-
-
-def say_accuracy(args: argparse.Namespace, classes: list[str], found: Found) -> None:
-    """How many of the pictures in class folders were known, and what the others passed for."""
-    pairs = [(classes.index(true), classes.index(said)) for _, true, said, _ in found if true]
-    if pairs:
-        confusion = confusion_of(*torch.tensor(pairs).T, len(classes))
-        accuracy = 100 * int(confusion.trace()) / len(pairs)
-        if args.json:
-            print(json.dumps({"accuracy": accuracy, "pictures": len(pairs), "classes": classes,
-                              "confusion": confusion.tolist()}))
-        else:
-            lines = confusions(classes, confusion)
-            print(f"\naccuracy {accuracy:.2f} % of {len(pairs)} pictures\n", *lines, sep="\n")
-
-
-def draw_sheet(target: Path, found: Found, size: int) -> None:
+def draw_sheet(target: Path, answers: Answers, size: int) -> None:
     """Pictures with what was said and how surely: wrong ones first, the surest first; then the least sure."""
     def order(answer: tuple) -> tuple[bool, float]:
         _, true, said, sure = answer
         right = true in (said, None)
         return right, sure if right else -sure
-    shown, side, text = sorted(found, key=order)[:SHEET], 192, 44        # pixels
-    sheet = Image.new("RGB", (min(6, len(shown)) * side, (len(shown) + 5) // 6 * (side + text)), "white")
-    for i, (path, true, said, sure) in enumerate(shown):
-        x, y = i % 6 * side, i // 6 * (side + text)
-        sheet.paste(to_pil_image(decode(path, size)).resize((side - 4, side - 4)), (x, y))
+    side, tiles = 192, []                                                # pixels
+    for path, true, said, sure in sorted(answers, key=order)[:SHEET]:
+        tile = Image.new("RGB", (side, side + 44), "white")
+        tile.paste(to_pil_image(decode(path, size)).resize((side - 4, side - 4)))
         lines = f"{said} {100 * sure:.0f} %", f"is {true}" * bool(true), path.name
         lines = "\n".join(clipped(line, 30) for line in lines)
         lines = lines.encode("latin-1", "replace").decode("latin-1")     # Pillow's own font has these
-        ImageDraw.Draw(sheet).text((x, y + side - 2), lines, "black")
-    part = target.with_name(f"{os.getpid()}.part{target.suffix}")
-    sheet.save(part)
-    os.replace(part, target)
-    progress(f"drew {target}", last=True)
+        ImageDraw.Draw(tile).text((0, side - 2), lines, "black")
+        tiles.append(pil_to_tensor(tile))
+    with replacing(target) as part:
+        to_pil_image(make_grid(tiles, nrow=6, padding=0, pad_value=255)).save(part)
+    progress(f"drew {target}")
 
 
 # ----------------------------------------------------------------------------------------------------- export
 
-def merge(backbone: CLIP) -> dict[str, LoRA]:
-    """Take LoRA out of a backbone, adding each product to the weights beside it; returns it by its path."""
+def merge(backbone: CLIP) -> None:
+    """Take LoRA out of a backbone, adding each product to the weights beside it."""
     adapters = {path: module for path, module in backbone.named_modules() if isinstance(module, LoRA)}
     for path, adapter in adapters.items():
         linear, (parent, _, name) = adapter.linear, path.rpartition(".")
         product = adapter.scaling * adapter.B[0] @ adapter.A[0]                      # (out, in)
         linear.weight = nn.Parameter(linear.weight + product.to(linear.weight.dtype), requires_grad=False)
         setattr(backbone.get_submodule(parent), name, linear)
-    return adapters
 
 
-def peft_adapter(adapters: dict[str, LoRA], recipe: Recipe) -> tuple[dict[str, Tensor], dict]:
-    """LoRA as PEFT keeps it for a model of transformers: tensors and config."""
-    tensors, targets = {}, []
-    for path, adapter in adapters.items():
-        for ours, theirs in RESPELLED.items():
-            path = path.replace(ours, theirs)
-        targets.append(path)
-        for letter, matrix in (("A", adapter.A), ("B", adapter.B)):
-            tensors[f"base_model.model.{path}.lora_{letter}.weight"] = matrix[0].contiguous()
-    return tensors, {"peft_type": "LORA", "target_modules": targets, "r": recipe.rank, "use_rslora": True,
-                     "lora_alpha": recipe.lora_alpha, "lora_dropout": recipe.dropout, "inference_mode": True}
-
-
-def export(args: argparse.Namespace, learner: Learner) -> int:
+def export(args: Namespace, learner: Learner) -> int:
     """Write a folder for others' libraries: the model with LoRA merged, or LoRA alone; and class texts."""
     (saved, target), r, c = map(Path, args.export), learner.recipe, learner.backbone.config
     text, token_text = learner.text_and_hook[0][0], learner.text()[1]    # text: (N, embed), of unit length
@@ -1171,19 +1180,28 @@ def export(args: argparse.Namespace, learner: Learner) -> int:
                          "can: classify with --predict, or fit with clip-lora, svl or coop")
     if os.path.lexists(target):
         raise UsageError(f"{target} is there already: name a folder that is to be made")
-    adapters = merge(learner.backbone)
+    unmerged, _ = clip_min.hugging_face(learner.backbone)
+    lora = {name: tensor for name, tensor in unmerged.items() if name.endswith((".A", ".B"))}
+    merge(learner.backbone)
     tensors, config = clip_min.hugging_face(learner.backbone)
     prefix = "open_clip_" if "model_cfg" in config else ""
     if args.format == "peft":
-        if prefix or not adapters:
+        if prefix or not lora:
             raise UsageError(f"{saved} holds no LoRA for a model of transformers, which --format peft writes")
-        prefix, (tensors, config) = "adapter_", peft_adapter(adapters, r)
+        prefix, targets = "adapter_", [name.removesuffix(".A") for name in lora if name.endswith(".A")]
+        tensors = {f"base_model.model.{path}.lora_{letter}.weight": lora[f"{path}.{letter}"][0].contiguous()
+                   for path in targets for letter in "AB"}
+        config = {"peft_type": "LORA", "target_modules": targets, "r": r.rank, "use_rslora": True,
+                  "lora_alpha": r.lora_alpha, "lora_dropout": r.dropout, "inference_mode": True}
     whole = round(c.image * 257 / 224) if r.augment == "none" else c.image           # as `prepare` has it
-    size, crop = ({"height": side, "width": side} for side in (whole, c.image))
-    pixels = {"image_processor_type": "CLIPImageProcessor", "size": size, "crop_size": crop, "resample": 2,
-              "image_mean": c.mean, "image_std": c.std}
-    classes = {"classes": learner.classes, "scale": r.scale, "temperature": learner.temperature}
-    notes = {f"{prefix}config": config, "preprocessor_config": pixels, "classes": classes}
+    notes = {
+        f"{prefix}config": config,
+        "preprocessor_config": {
+            "image_processor_type": "CLIPImageProcessor", "size": {"height": whole, "width": whole},
+            "crop_size": {"height": c.image, "width": c.image}, "resample": 2, "image_mean": c.mean,
+            "image_std": c.std},
+        "classes": {"classes": learner.classes, "scale": r.scale, "temperature": learner.temperature},
+    }
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
         folder = Path(place) / "whole"
@@ -1199,100 +1217,100 @@ def export(args: argparse.Namespace, learner: Learner) -> int:
 # ------------------------------------------------------------------------------------------------ look inside
 
 @torch.no_grad()
-def look(args: argparse.Namespace, job: Job, dataset: str, shot: int) -> None:
+def look(args: Namespace, job: Job, dataset: str, shot: int) -> None:
     """Train the first tasks, four or fewer, once more; --probe and --draw show what changed inside."""
-    numbers = range(min(4, args.batch or 4, args.episodes or 4))
-    tasks, seeds = [task_of(args, job.pool, shot, n) for n in numbers], [(args.seed, n) for n in numbers]
+    tasks, seeds = tasks_of(args, job.pool, shot, range(min(4, args.batch or 4, args.episodes or 4)))
     with torch.enable_grad():
         tuned = trained(job, tasks, seeds, "training once more to look inside")
-    frozen = Learner(job.backbone, tuned.token_ids, "zero-shot", job.recipe)
     images = tuned.prepare(job.pictures(torch.stack([task.query for task in tasks])))
-    images, seen = images.expand(len(tasks), -1, -1, -1, -1), {}
-    for when, learner in (("before", frozen), ("after", tuned)):
+    images, seen = images.expand(len(tasks), -1, -1, -1, -1), []
+    for learner in (Learner(job.backbone, tuned.token_ids, "zero-shot", job.recipe), tuned):
         text, token_text = learner.eval().text()
         probe = Probe(token_text, job.backbone.visual, job.recipe)
-        seen[when] = probe, learner.features(images, learner.hook(token_text, probe)), text
-    probes, features, _ = zip(*seen.values())
+        seen.append((probe, learner.features(images, learner.hook(token_text, probe)), text))
+    probes, features, texts = zip(*seen)
     if args.probe:
         rows, whole = compare(*probes), {"cka_features": linear_cka(*features).mean().item()}
         for row in rows:
             for part in tuned.parts:
                 row |= part.report(row["block"])
-        for when, (_, f, text) in seen.items():
-            whole[f"modality_gap_{when}"] = modality_gap(f, text).mean().item()
+        for when, pictures, text in zip(("before", "after"), features, texts):
+            whole[f"modality_gap_{when}"] = modality_gap(pictures, text).mean().item()
             shifts = [gap_shift(x, y, task.truth.to(x.device), job.recipe.scale)
-                      for x, y, task in zip(f, text, tasks)]
+                      for x, y, task in zip(pictures, text, tasks)]
             whole[f"gap_shift_{when}"] = sum(shifts).item() / len(tasks)
         lines = [json.dumps(row).replace("NaN", "null") + "\n" for row in [*rows, whole]]    # JSON has no NaN
-        name = f"{Path(dataset).name}-{shot}shot-{short(job.method)}-{args.recipe}.probe.jsonl"
-        Path(args.out, name).write_text("".join(lines))
+        name = f"{Path(dataset).name}-{shot}shot-{OWN_FILE.sub('', job.method)}-{args.recipe}.probe.jsonl"
+        with replacing(Path(args.out, name)) as part:
+            part.write_text("".join(lines))
         print(probe_table(rows, whole, len(tasks)))
     if args.draw:
-        answers = [learner.logits(images)[0].argmax(-1).tolist() for learner in (frozen, tuned)]
+        answers = [(x[0] @ y[0].T).argmax(-1).tolist() for x, y in zip(features, texts)]
         draw_first(args, job, tasks[0], probes, answers)
 
 
-def draw_first(args: argparse.Namespace, job: Job, task: Task, probes: Sequence[Probe],
+def draw_first(args: Namespace, job: Job, task: Task, probes: Sequence[Probe],
                answers: Sequence[list[int]]) -> None:
     """Draw a query a class of the first task with its head and tail patches, and what it passed for."""
     c, truth, (before, after) = job.backbone.config, task.truth.tolist(), answers
     names = [job.pool.classes[label].replace("_", " ") for label in task.classes]
     order = sorted(range(len(truth)), key=lambda i: before[i] == after[i])           # changed ones first
-    some = [next(i for i in order if truth[i] == label) for label in sorted(set(truth))]
+    some = [next(i for i in order if truth[i] == label) for label in sorted({*truth})]
     said = [f"true: {names[truth[i]]}; zero-shot: {names[before[i]]}; tuned: {names[after[i]]}" for i in some]
     block = job.recipe.alpha_block * c.vision_layers // 12 if args.draw_block is None else args.draw_block
     legend = f"orange: head, blue: tail, before block {block}; picture, zero-shot, tuned"
     masks = [probe.masks[block][some] for probe in probes]
-    draw_patches(args.draw, job.pool.images[task.query[some]], masks,
-                 side=c.image // c.patch, said=said, legend=legend)
+    with replacing(Path(args.draw)) as part:
+        draw_patches(str(part), job.pool.images[task.query[some]], masks,
+                     side=c.image // c.patch, said=said, legend=legend)
     print(f"drew {args.draw}")
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
 TOY_CLIP = Path(__file__).resolve().parent / "tests" / "toy_clip.safetensors"
-TABLE = ("zero-shot", "clip-lora", "atha", "tir", "svl")
-USES = ("dataset", "fit", "predict", "export")      # of the program: each is asked for by a flag of its name
-ALL, PAIR = " ".join(USES), "dataset fit"
-FLAGS = [    # the uses that read it, the flag, its value as the help shows it, default, help
-    ("dataset", "dataset", "NAME ...", (), f"{', '.join(DATASETS)}, all (the papers' four), all-fsl (the "
-     "eleven few-shot sets), toy, or a folder of class folders"),
-    ("dataset", "shot", "N ...", (1,), "labelled pictures a class (default 1)"),
-    (ALL, "method", "NAME ...", (), f"{', '.join(METHODS)}; FILE.py:NAME, your own; some joined with +; or "
-     f"all: {', '.join(TABLE)} (default atha)"),
-    (PAIR, "recipe", "|".join([*RECIPES, "released"]), None, "released: the trainer that the method came "
-     "with (default paper; with --split clip-lora-fsl)"),
-    ("dataset", "split", "", False, "all classes at once and the whole test split, by seeds, not episodes"),
-    ("dataset", "episodes", "N", None, "default 800 at 1 shot, 400 otherwise, 100 on toy, 3 with --split"),
-    ("dataset", "way", "N", 5, "classes an episode (default 5)"),
-    ("dataset", "query", "N", 15, "query pictures a class (default 15)"),
-    (PAIR, "seed", "INT", 1, "draws the tasks and all chance in them (default 1)"),
-    (ALL, "data", "DIR", "datasets", "where the datasets are (default datasets)"),
-    (ALL, "weights", "PLACE", None, "a file or folder of weights, or hf-hub:org/name (default ViT-B/16, "
-     "downloaded once; toy has its own)"),
-    (ALL, "out", "DIR", "results", "results, from which a rerun goes on (default results)"),
-    (ALL, "device", "NAME", "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:N, or, "
-     "untried, mps (default cuda where there is one)"),
-    (ALL, "precision", "float32|bfloat16", None, "of the frozen weights and the arithmetic (default bfloat16 "
-     "on CUDA, else float32)"),
-    (PAIR, "batch", "N", None, "episodes at once; with --fit: pictures (default by free memory)"),
-    (PAIR, "compile", "", False, "torch.compile the vision tower's blocks"),
-    ("dataset", "probe", "", False, "after a run, a table of what changed inside, by block"),
-    ("dataset predict", "draw", "FILE.png", None, "after a run, a picture of head and tail patches; with "
-     "--predict, a sheet of pictures, wrong ones first"),
-    ("dataset", "draw_block", "INT", None, "the block to draw (default where ATHA pulls first)"),
-    ("fit", "fit", "FOLDER", None, "fine-tune once on a folder of class folders"),
-    ("fit", "save", "FILE", None, "where --fit keeps what it learned"),
-    ("fit", "holdout", "INT", 0, "pictures a class that --fit is tested on, not fitted to"),
-    ("fit", "folds", "INT", 0, "before --fit, cross-validate: what to expect of it"),
-    ("fit", "names", "FILE.json", None, "folder name -> phrase for the prompt"),
-    ("predict", "predict", "FILE ...", (), "a saved file, then pictures or folders to classify"),
-    ("predict", "json", "", False, "--predict prints JSON lines"),
-    ("predict", "top", "N", 2, "classes that --predict names (default 2)"),
-    ("export", "export", "FILE ...", (), "a saved file, then the folder to make of it for other libraries"),
-    ("export", "format", "hugging-face|peft", "hugging-face", "of --export: the whole model, or LoRA alone "
-     "(default hugging-face)"),
-]
+TABLE = "zero-shot clip-lora atha tir svl".split()
+USES = "dataset fit predict export".split()         # of the program: each is asked for by a flag of its name
+# Initials of the uses that read a flag, its name, its value as the help shows it, its default, its help
+FLAGS = f"""
+d     dataset     NAME ...    -  {', '.join(DATASETS)}, all (the papers' four), all-fsl (the eleven few-shot \
+sets), toy, or a folder of class folders
+d     shot        N ...       -  labelled pictures a class (default 1)
+dfpe  method      NAME ...    -  {', '.join(METHODS)}; FILE.py:NAME, your own; some joined with +; \
+or all: {', '.join(TABLE)} (default atha)
+df    recipe      {'|'.join(RECIPES)}|released  -  released: the trainer that the method came \
+with (default paper; with --split clip-lora-fsl)
+d     split       -           -  all classes at once and the whole test split, by seeds, not episodes
+d     episodes    N           -  default 800 at 1 shot, 400 otherwise, 100 on toy, 3 with --split
+d     way         N           5  classes an episode (default 5)
+d     query       N          15  query pictures a class (default 15)
+df    seed        INT         1  draws the tasks and all chance in them (default 1)
+dfpe  data        DIR         datasets  where the datasets are (default datasets)
+dfpe  weights     PLACE       -  a file or folder of weights, or hf-hub:org/name (default ViT-B/16, \
+downloaded once; toy has its own)
+dfpe  out         DIR         results  results, from which a rerun goes on (default results)
+dfpe  device      NAME        {"cuda" if torch.cuda.is_available() else "cpu"}  cpu, cuda, cuda:N, or, \
+untried, mps (default cuda where there is one)
+dfpe  precision   float32|bfloat16  -  of the frozen weights and the arithmetic (default bfloat16 on CUDA, \
+and on a CPU for a backbone 512 wide or wider if a short trial is faster; else float32)
+df    batch       N           -  episodes at once; with --fit: pictures (default by free memory)
+df    compile     -           -  torch.compile the vision tower's blocks
+d     probe       -           -  after a run, a table of what changed inside, by block
+dp    draw        FILE.png    -  after a run, a picture of head and tail patches; with --predict, a sheet of \
+pictures, wrong ones first
+d     draw_block  INT         -  the block to draw (default where ATHA pulls first)
+f     fit         FOLDER      -  fine-tune once on a folder of class folders
+f     save        FILE        -  where --fit keeps what it learned
+f     holdout     INT         0  pictures a class that --fit is tested on, not fitted to
+f     folds       INT         0  before --fit, cross-validate: what to expect of it
+f     names       FILE.json   -  folder name -> phrase for the prompt
+p     predict     FILE ...    -  a saved file, then pictures or folders to classify
+p     json        -           -  --predict prints JSON lines
+p     top         N           2  classes that --predict names (default 2)
+e     export      FILE ...    -  a saved file, then the folder to make of it for other libraries
+e     format      hugging-face|peft  hugging-face  of --export: the whole model, or LoRA alone (default \
+hugging-face)
+"""
 
 
 def positive(text: str) -> int:
@@ -1304,31 +1322,34 @@ def positive(text: str) -> int:
 VALUES = {"N": positive, "INT": int, "X": float}               # of flags; all others are texts
 
 
-def add_flag(group, name: str, value: str, default: object, text: str) -> None:
-    """A flag of the command line as a row of FLAGS has it; value: "" for --name and --no-name."""
+def add_flag(group, name: str, value: str, default: str, text: str) -> None:
+    """A flag of the command line as a row of FLAGS has it; value -: --name and --no-name; default -: None."""
     kind = value.removesuffix(" ...")
-    how = {"metavar": kind, "type": VALUES.get(kind, str), "nargs": "+" if kind != value else None}
+    convert = VALUES.get(kind, str)
+    how = {"metavar": kind, "type": convert, "nargs": "+" if kind != value else None}
     if "|" in value:
         how = {"choices": value.split("|")}
-    if not value:
+    if value == "-":
         how = {"action": argparse.BooleanOptionalAction}
+    default = None if default == "-" else convert(default)
     group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **how)
 
 
 def add_fields(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
     """A flag for every field of a recipe, grouped as the parts are."""
-    groups, values = {}, {bool: "", int: "INT", float: "X", str: "TEXT", tuple: "INT ..."}
+    groups, values = {}, {bool: "-", int: "INT", float: "X", str: "TEXT", tuple: "INT ..."}
     for f in fields(recipe):
-        title = f"recipe of {', '.join(f.metadata['groups'])} (defaults are the paper's)"
+        whose = "defaults are the paper's" if hasattr(Recipe, f.name) else "a method of your own"
+        title = f"recipe of {', '.join(f.metadata['groups'])} ({whose})"
         group = groups[title] = groups.get(title) or parser.add_argument_group(title)
         value = "|".join(f.metadata["choices"]) or values[type(f.default)]
-        add_flag(group, f.name, value, None, f"{f.metadata['help']} ({str(f.default).strip('()')})")
+        add_flag(group, f.name, value, "-", f"{f.metadata['help']} ({str(f.default).strip('()')})")
 
 
-def flagged(args: argparse.Namespace, recipe: Recipe) -> Recipe:
+def flagged(args: Namespace, recipe: Recipe) -> Recipe:
     """The recipe with what was given on the command line."""
-    given = {f.name: getattr(args, f.name, None) for f in fields(recipe)}
-    given = {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in vars(args).items()
+             if hasattr(recipe, name) and x is not None}
     return checked(replace(recipe, **given))
 
 
@@ -1342,16 +1363,17 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message.removeprefix("argument "))
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> Namespace:
     """The command line, with what follows from it filled in. Raises UsageError for what cannot be meant."""
     parser = Parser(prog="train.py", usage=USAGE, description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     own = parser.add_argument_group("your own pictures")
-    for users, *flag in FLAGS:
-        add_flag(parser if "dataset" in users else own, *flag)
+    flags = [re.split("  +", line, maxsplit=4) for line in FLAGS.strip().splitlines()]
+    for initials, *flag in flags:
+        add_flag(parser if "d" in initials else own, *flag)
     if not argv:
         parser.exit(0, __doc__)
-    asked = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].method
+    asked = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].method or ()
     theirs = [own_part(name) for name in "+".join(asked).split("+") if ":" in name]
     add_fields(parser, extended(Recipe(), theirs))               # a method of the user's own may bring fields
     args = parser.parse_args(argv)
@@ -1359,41 +1381,44 @@ def parse(argv: list[str]) -> argparse.Namespace:
     uses = [use for use in USES if use in given]
     if len(uses) != 1:
         raise UsageError(f"give one of --{', --'.join(USES)}")
-    readers = {name: users.split() for users, name, *_ in FLAGS}
+    readers = {name: initials for initials, name, *_ in flags}
     for name in given:
-        if uses[0] not in (users := readers.get(name, PAIR.split())):
+        users = [other for other in USES if other[0] in readers.get(name, "df")]         # a recipe's: df
+        if uses[0] not in users:
             raise UsageError(f"--{name.replace('_', '-')} goes with --{' or --'.join(users)}")
     fill_in(args)
     check(args)
     return args
 
 
-def fill_in(args: argparse.Namespace) -> None:
+def fill_in(args: Namespace) -> None:
     """What follows from the rest."""
     sets = {"all": data.PAPERS, "all-fsl": data.FSL}
-    args.dataset = [name for given in args.dataset for name in sets.get(given, [given])]
+    args.dataset = [name for given in args.dataset or () for name in sets.get(given, [given])]
     default = ["zero-shot", "atha"] if args.dataset == ["toy"] else ["atha"]
     args.method = [name for given in args.method or default
                    for name in (TABLE if given == "all" else [given])]
+    args.shot = args.shot or [1]
     args.recipe = args.recipe or ("clip-lora-fsl" if args.split else "paper")
-    usual = "bfloat16" if args.device.startswith("cuda") and not args.export else "float32"
-    args.precision = args.precision or usual
+    args.task = "seed" if args.split else "episode"
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: Namespace) -> None:
     """Refuse what cannot be meant."""
-    tuned = [(d, s, m) for d in args.dataset for s in args.shot for m in {*args.method} - {"zero-shot"}]
+    pictures = len(args.dataset) * len(args.shot) * len({*args.method} - {"zero-shot"})
     wrong = {
         "--seed and --holdout are numbers from 0 up": not 0 <= args.seed < 2 ** 63 or args.holdout < 0,
         "--folds is a number from 2 up, and takes the place of --holdout":
             args.folds < 0 or args.folds == 1 or args.folds and args.holdout,
+        "--split takes all classes and the whole test split, so neither --way nor --query":
+            args.split and (args.way, args.query) != (5, 15),
         "--fit needs --save FILE": args.fit and not args.save,
         "--fit takes one method": args.fit and len(args.method) > 1,
         "--draw makes one picture: give one dataset, one shot and one method":
-            args.draw and args.dataset and len(tuned) != 1,
+            args.draw and args.dataset and pictures != 1,
         "--draw takes a name such as look.png":
             args.draw and Path(args.draw).suffix.lower() not in IMG_EXTENSIONS,
-        "--export takes a saved file and the folder to make": len(args.export) not in (0, 2),
+        "--export takes a saved file and the folder to make": args.export and len(args.export) != 2,
     }
     for message in filter(wrong.get, wrong):
         raise UsageError(message)
@@ -1401,36 +1426,48 @@ def check(args: argparse.Namespace) -> None:
         parts_of(method)
 
 
-def begin(args: argparse.Namespace) -> tuple[CLIP, Tokenizer]:
+def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
     """The weights on their device; what can be refused before the work is refused here. Raises UsageError."""
     name = args.device
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.zeros(1, device=name).device
-        torch.zeros(1, device=device).item()                     # a device without numbers (meta) is none
+        number = torch.zeros(1, device=name)
+        number.item()                                            # a device without numbers (meta) is none
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UsageError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
+        first = re.split(r"\. |\n", str(e))[0]                   # torch goes on with all that it can do
+        raise UsageError(f"--device {name} cannot be used: {first}") from e
+    device = number.device
     if args.fit and not Path(args.fit).is_dir():                 # a slip should not cost a download
         raise UsageError(f"--fit {args.fit}: it takes a folder of class folders")
     for dataset in args.dataset:
         data.check(dataset, args.data, split=args.split)
-    args.compile = args.compile and compile_works(device)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data.CACHE / "compiled"))       # not /tmp
+    args.compile = bool(args.compile and compile_works(device))
     torch.backends.cudnn.allow_tf32 = False                      # float32 means float32
     weights = args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
-    for saved in (args.predict or args.export)[:1]:
-        weights = weights or weights_of(saved)
-    backbone, tokenizer = clip_min.load(weights, device, getattr(torch, args.precision))
-    if device.type == "cpu" and backbone.config.vision_width >= 512:             # small matrices gain nothing
+    if (saved := args.predict or args.export) and not weights:
+        weights = read_saved(saved[0])[1]["place"]
+        if weights and not os.path.exists(weights):              # nothing is fetched because a file says so
+            raise UsageError(f"{saved[0]} was fitted on the weights {weights}, which are not there: "
+                             "give --weights")
+    backbone, tokenizer = clip_min.load(weights, device)
+    width, usual = backbone.config.vision_width, "float32"
+    if device.type == "cuda" and not args.export:
+        usual = "bfloat16"
+    if device.type == "cpu" and width >= 512:                    # small matrices gain little
         multiply_fast()
-    if args.draw:
-        check_writable(Path(args.draw))
+        usual = usual if args.precision or args.export else faster_precision(width)
+    args.precision = gathered(args.precision or usual)[0]        # results are of one: the first process's
+    backbone.to(getattr(torch, args.precision))
+    for path in filter(None, (args.save, args.draw)):
+        check_writable(Path(path))
     if not 0 <= (args.draw_block or 0) < backbone.config.vision_layers:
         raise UsageError(f"--draw-block takes 0 to {backbone.config.vision_layers - 1}")
     return backbone, tokenizer
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     backbone, tokenizer = begin(args)
     if args.fit:
         return fit(args, backbone, tokenizer)
@@ -1448,11 +1485,10 @@ def run(args: argparse.Namespace) -> int:
             job = make_job(args, backbone, tokenizer, pool, flagged(args, recipe), method)
             found = cells[method, shot, dataset] = run_job(args, job, dataset, shot)
             if first:
-                kind, many = ("all classes", "seeds") if args.split else (f"{args.way}-way", "episodes")
-                paper = paper_figure(method, shot, dataset, family)
-                paper, took = paper.replace("(", "(paper: "), time.monotonic() - begun
+                kind = "all classes" if args.split else f"{args.way}-way"
+                paper = paper_figure(method, shot, dataset, family).replace("(", "(paper: ")
                 print(f"{dataset} {kind} {shot}-shot {method} ({args.recipe}): {in_short(found.values())} % "
-                      f"over {len(found)} {many}, {took:.0f} s{paper}", flush=True)
+                      f"over {len(found)} {args.task}s, {time.monotonic() - begun:.0f} s{paper}", flush=True)
             if first and (args.probe or args.draw) and method != "zero-shot":
                 look(args, job, dataset, shot)
     if first and len(cells) > 1:
@@ -1461,9 +1497,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def multiply_fast() -> None:
-    """Let oneDNN multiply float32 matrices where that is still float32: on AMD's CPUs twice as fast as MKL.
+    """Multiply float32 matrices in the faster of two exact ways: on AMD's CPUs oneDNN is twice MKL's speed.
 
-    The switch is named for bfloat16, and on CPUs with matrix units it does round: there it is set back.
+    Its switch is named for bfloat16, and on CPUs with matrix units it does round: there it is set back.
     """
     torch.set_float32_matmul_precision("medium")
     a, b = torch.randn(2, 512, 512, generator=generator("multiply"))
@@ -1472,33 +1508,58 @@ def multiply_fast() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
+def faster_precision(width: int) -> str:
+    """bfloat16 if this CPU multiplies matrices of a width well faster in it, else float32; says which.
+
+    One thread, the best of many tries in turns: what else the machine does must not decide, as results of
+    two precisions are not mixed.
+    """
+    a, b = torch.ones(128, width), torch.ones(width, width)
+    best, threads = {torch.float32: float("inf"), torch.bfloat16: float("inf")}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for dtype in [*best] * 20:
+        x, y = a.to(dtype), b.to(dtype)
+        begun = time.perf_counter()
+        x @ y
+        best[dtype] = min(best[dtype], time.perf_counter() - begun)
+    torch.set_num_threads(threads)
+    share = best[torch.bfloat16] / best[torch.float32]
+    precision = "bfloat16" if share < 0.75 else "float32"
+    if rank_and_size()[0] == 0:
+        progress(f"in {precision}: products in bfloat16 take {share:.2f} of float32's time here; "
+                 "--precision decides")
+    return precision
+
+
 def compile_works(device: torch.device) -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         return True
     except Exception as e:                                   # whatever is missing here, plain PyTorch goes on
-        progress(f"--compile does not work here ({str(e).split(chr(10))[0]}): going on without", last=True)
+        progress(f"--compile does not work here ({str(e).split(chr(10))[0]}): going on without")
         return False
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a request that cannot be met, said in one line."""
     argv = sys.argv[1:] if argv is None else argv
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")            # a file's name need not be text
     try:
         args = parse(argv)
-        if rank_and_size()[1] > 1:                               # to wait for each other and gather results
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+        join_others()
         return run(args)
     except BrokenPipeError:                                      # ... | head
         return 1
-    except (UsageError, clip_min.WeightsError, DataError, OSError, MemoryError) as e:
-        progress(f"train.py: error: {str(e) or 'out of memory'}", last=True)
+    except (UsageError, clip_min.WeightsError, DataError, OSError) as e:
+        progress(f"train.py: error: {e}")
+        return 2
+    except (RuntimeError, MemoryError) as e:
+        if not MEMORY.search(repr(e)):
+            raise
+        progress("train.py: error: out of memory")
         return 2
     except KeyboardInterrupt:
-        kept = "finished episodes are kept, and the same command goes on from there"
-        progress(f"stopped; {kept if '--dataset' in ' '.join(argv) else 'nothing was saved'}", last=True)
+        kept = "what is finished is kept, and the same command goes on from there"
+        progress(f"stopped; {kept if '--dataset' in ' '.join(argv) else 'nothing was saved'}")
         return 130
 
 
@@ -1506,6 +1567,8 @@ def command_line() -> None:
     """`main` as a process: a polite request to end is Ctrl-C, and nobody listening any more is no error."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout:                                               # stderr does so by itself
+        sys.stdout.reconfigure(errors="backslashreplace")        # a file's name need not be text
     code = main()
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

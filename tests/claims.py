@@ -316,10 +316,10 @@ def main(argv: list[str] | None = None) -> int:
         run(parse(argv))
         return 0
     except (UsageError, clip_min.WeightsError, data.DataError, OSError) as e:
-        data.progress(f"claims.py: error: {' '.join(str(e).split())}", last=True)
+        data.progress(f"claims.py: error: {' '.join(str(e).split())}")
         return 2
     except KeyboardInterrupt:
-        data.progress("stopped; finished episodes are kept, the same command goes on from there", last=True)
+        data.progress("stopped; finished episodes are kept, the same command goes on from there")
         return 130
 
 

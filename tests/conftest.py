@@ -77,7 +77,7 @@ def refused(capsys, argv: list, *words: object) -> None:
     """The command line says in one line, its last, why it cannot do that, exit code 2."""
     capsys.readouterr()
     assert train.main([str(a) for a in argv]) == 2
-    error = re.sub(r"^(.* episodes are done, |decoding |\d+ s left, ).*\n", "", capsys.readouterr().err, flags=re.M)
+    error = re.sub(r"^(.* (episodes|seeds) are done, |decoding |\d+ s left, ).*\n", "", capsys.readouterr().err, flags=re.M)
     assert error.startswith("train.py: error: ")
     said(error, *words)
 

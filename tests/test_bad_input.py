@@ -253,12 +253,16 @@ BAD = {    # arguments, words that must be in the one line
     "context over parts": ([*FEW, "--method", "coop", "--context", 9, "--prompt", "a photo {}"], ["9 learned vectors"]),
     "a loss without effect": ([*FEW, "--method", "coop+svl"], ["coop+svl", "nothing that shapes them"]),
     "two jobs": (["--dataset", "toy", "--fit", "x", "--save", "y"], ["one of"]),
+    "all dropped": ([*FEW, "--dropout", 1], ["not a number", "all input is dropped"]), "long name": ([*FEW, "--out", "n" * 300], ["too long"]),
+    "seed": ([*FEW, "--seed", 2 ** 70], ["--seed"]), "rank": ([*FEW, "--rank", 10 ** 30], ["--rank", "4096"]), "meta": ([*FEW, "--device", "meta"], ["--device meta"]),
+    "a prompt that cuts the names off": ([*FEW, "--prompt", "long " * 99 + "{}"], ["'circle' and 'square' have the same text", "long long"]),
     "draw what": ([*FEW, "--draw", "look"], ["look.png"]), "draw where": ([*FEW, "--draw", "{tmp}/file/look.png"], ["cannot write {tmp}/file"]),
     "draw which": ([*FEW, "--draw", "x.png", "--draw-block", 4], ["0 to 3"]),
     **{f"{name} {value}": (["--dataset", "toy", name, value], [name, "0 to 1"]) for name, value in
        [("--rho", 1.5), ("--gamma", -0.1), ("--tir-top", 2), ("--dropout", 2), ("--extra-share", -1)]},
     **{f"{name} {value}": (["--dataset", "toy", name, value], [name, "number"]) for name, value in
        [("--lr", -1), ("--lr", "nan"), ("--weight-decay", -1), ("--scale", "inf"), ("--context", -3)]},
+    **{f"split of {name}": (["--dataset", "dtd", "--split", name, 3], ["--split", "neither --way nor --query"]) for name in ("--way", "--query")},
     "names alone": (["--dataset", "toy", "--names", "x.json"], ["--names goes with --fit"]),
     "fit a file": (["--fit", "{tmp}/file", "--save", "y"], ["{tmp}/file", "folder"]),
     **{f"{name} {value}": (["--dataset", "toy", name, value], [name, str(value), "to 11"]) for name, value in

@@ -241,8 +241,6 @@ def test_a_split_of_ones_own(tmp_path, capsys):
     assert capsys.readouterr().err.count("'lined' has 1 pictures to learn from, not 2") == 1, "said once"
     assert len({tuple(task.support.tolist()) for task in tasks[3:6]}) > 1 and torch.equal(pool.split(1, 2).support, tasks[1].support)
     assert len(pool.episode(0, 2, 1, 2)[2]) == 2, "episodes are drawn from everything"
-    by_path = data.load_folder(tmp_path / "DTD")
-    assert by_path.prompt == pool.prompt and by_path.fingerprint == pool.fingerprint and torch.equal(by_path.test, pool.test)
 
 
 def test_a_class_that_cannot_be_learned_and_a_dataset_without_a_split_are_refused(tmp_path):
@@ -381,7 +379,7 @@ def test_eurosat_with_a_split_has_the_episodes_that_it_had_without(tmp_path):
              for part, span in parts.items()}
     (folder / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
     pool = load("eurosat", tmp_path)
-    assert pool.fingerprint == before.fingerprint and pool.split_fingerprint != before.split_fingerprint == ""
+    assert pool.fingerprint == before.fingerprint and pool.test is not None
     assert all(torch.equal(a, b) for n in range(5) for a, b in zip(pool.episode(n), before.episode(n)))
     assert len(pool.train) == 500 and len(pool.test) == 300 and pool.prompt == "a centered satellite photo of {}."
     task = pool.split(4, 1)

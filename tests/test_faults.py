@@ -1,5 +1,5 @@
 """Faults, scale-out and determinism: what a run survives, and what it says about what it cannot use. Needs no network."""
-import contextlib, errno, fcntl, hashlib, itertools, json, multiprocessing, os, random, re, resource, select, signal, socket
+import contextlib, errno, fcntl, hashlib, io, itertools, json, multiprocessing, os, random, re, resource, select, signal, socket
 import struct, subprocess, sys, termios, threading, time, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -246,7 +246,7 @@ def test_out_of_memory_halves_the_batch(episodes, world, monkeypatch, capsys):
     assert tried[:3] == [4, 2, 1] and "2 episodes at a time from here on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv, words", [(["--dataset", "toy"], "finished episodes are kept"), (["--fit", "x", "--save", "y"], "nothing was saved")])
+@pytest.mark.parametrize("argv, words", [(["--dataset", "toy"], "what is finished is kept"), (["--fit", "x", "--save", "y"], "nothing was saved")])
 def test_stopped_by_hand(argv, words, monkeypatch, capsys):
     monkeypatch.setattr(train, "run", lambda args: signal.raise_signal(signal.SIGINT))
     assert train.main(argv) == 130
@@ -372,6 +372,68 @@ def test_full_disk(tmp_path, own_cache):
     assert kept(own_cache) == []
 
 
+def test_results_on_a_full_disk(tmp_path, monkeypatch):
+    """The file is named; what stands in it already is kept, half a line is not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    results = train.Results(tmp_path / "x", {"recipe": {}})
+    results.append([{"episode": 0, "accuracy": 50.0}])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        with pytest.raises(data.DataError, match="cannot write .*x.part0.jsonl: File too large"):
+            results.append([{"episode": n, "accuracy": 50.0} for n in range(1, 9)])
+        with contextlib.suppress(OSError):
+            results.file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    again = train.Results(tmp_path / "x", {"recipe": {}})
+    assert 0 in again.done and len(again.done) < 9 and (tmp_path / "x.part0.jsonl").read_bytes().endswith(b"\n")
+    again.file.close()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_that_cannot_be_written_loses_no_episode(stream, world, tmp_path, monkeypatch):
+    """As a process would end: without stderr all is well; a full stdout is an error when the summary is printed."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    monkeypatch.setattr(data, "CACHE", world.cache)
+    monkeypatch.setattr(sys, stream, None if stream == "stderr" else open("/dev/full", "w"))
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, world.argv), "--out", str(tmp_path)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="0" if stream == "stderr" else "2"):
+        train.command_line()
+    assert_same(records(tmp_path), world.records)
+
+
+def test_a_notebook_s_output_will_do(world, tmp_path, monkeypatch):
+    """Any object that can be written to."""
+    monkeypatch.setattr(data, "CACHE", world.cache)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        assert train.main([*map(str, world.argv), "--out", str(tmp_path)]) == 0
+    assert summary(out.getvalue()) == world.summary and "0 of 8 episodes are done" in err.getvalue()
+    told = {"device": "cpu", "ranks": 1, "compile": False, "torch": torch.__version__, "batch": 2, "program": train.program()}
+    assert all(record | told == record for record in records(tmp_path).values())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to\nmore"),
+                                   torch.cuda.OutOfMemoryError("CUDA out of memory. Tried")])
+def test_lack_of_memory_anywhere_is_said_in_one_line(error, monkeypatch, capsys):
+    def begin(args):
+        raise error
+    monkeypatch.setattr(train, "begin", begin)
+    refused(capsys, ["--dataset", "toy"], "out of memory")
+    monkeypatch.setattr(train, "begin", lambda args: {}[1])
+    with pytest.raises(KeyError):                                        # our own faults are not hidden
+        train.main(["--dataset", "toy"])
+
+
+def test_compiling_writes_into_the_cache(own_cache, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "x")                   # to be put back as it was
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(train, "compile_works", lambda device: (_ for _ in ()).throw(train.UsageError(os.environ["TORCHINDUCTOR_CACHE_DIR"])))
+    with pytest.raises(train.UsageError, match=f"^{own_cache}/compiled$"):
+        train.begin(train.parse("--dataset toy --compile".split()))
+
+
 @pytest.mark.parametrize("without", ["fcntl", "locks"])
 def test_a_system_without_locks(without, tmp_path, monkeypatch):
     def refuse(*_):
@@ -389,7 +451,7 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
     assert len(pool.images) == 4 and len(data.load(str(folder)).images) == 4
     with pytest.raises(data.DataError) as e:
         data.decode(folder / "none.png", 8)
-    data.progress(f"error: {e.value}", last=True)
+    data.progress(f"error: {e.value}")
     assert "\\udce9t\\udce9" in capsys.readouterr().err.splitlines()[-1]
     os.rename(folder / "circle", os.fsencode(folder) + b"/c\xff")
     with pytest.raises(data.DataError, match="not UTF-8"):
@@ -427,9 +489,9 @@ def on_terminal(monkeypatch, columns: int, *calls) -> str:
 
 
 def test_progress_fits_the_terminal_and_is_written_over(monkeypatch):
-    text = on_terminal(monkeypatch, 20, ("x" * 50,), ("7 s left, decoding pictures: 3 of 70",), ("an error that is long, and whole", True))
+    text = on_terminal(monkeypatch, 20, ("x" * 50, False), ("7 s left, decoding pictures: 3 of 70", False), ("an error that is long, and whole",))
     assert text.split("\r\x1b[K") == ["", "x" * 19, "7 s left, decoding ", "an error that is long, and whole\r\n"]
-    assert on_terminal(monkeypatch, 0, ("y" * 100,)) == "\r\x1b[K" + "y" * 79, "a terminal that does not know its width"
+    assert on_terminal(monkeypatch, 0, ("y" * 100, False)) == "\r\x1b[K" + "y" * 79, "a terminal that does not know its width"
 
 
 def test_progress_shows_control_characters_escaped(monkeypatch, capsys):
@@ -442,12 +504,14 @@ def test_progress_shows_control_characters_escaped(monkeypatch, capsys):
 def test_progress_never_ends_a_run(stream, monkeypatch, tmp_path):
     if stream == "full" and not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    file = None if stream == "none" else open("/dev/full" if stream == "full" else tmp_path / "log", "w", encoding="ascii", errors="strict")
+    file = None if stream == "none" else open("/dev/full" if stream == "full" else tmp_path / "log", "w", encoding="ascii", errors="backslashreplace")
     if stream == "closed":
         file.close()
     monkeypatch.setattr(sys, "stderr", file)
     data.progress("± 葉")
-    data.progress("the end", last=True)
+    data.progress("the end")
+    if stream != "ascii":
+        clip_min.say("what the weights are taken for")
     if stream == "ascii":
         file.close()
         assert (tmp_path / "log").read_text() == "\\xb1 \\u8449\nthe end\n"
@@ -461,6 +525,20 @@ def test_progress_is_heard_of_slow_work_with_the_time_left_first(monkeypatch, ca
     monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
     assert list(data.told("abcd", 4, "reading")) == list("abcd")
     assert capsys.readouterr().err == "9 s left, 1 of 4, reading\n6 s left, 2 of 4, reading\n3 s left, 3 of 4, reading\nreading: 4 of 4, 12 s\n"
+
+
+def test_no_rest_is_told_from_the_first_of_many_that_come_together(monkeypatch, capsys):
+    """32 threads: 32 of 1000 after one second, 32 more after the next: not 999 s after the first."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr(data.time, "monotonic", lambda: clock["now"])
+
+    def arrive():
+        for i in range(1000):
+            clock["now"] = 1.5 * (1 + i // 32)
+            yield i
+    assert len(list(data.told(arrive(), 1000, "reading"))) == 1000
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert int(first.partition(" s left")[0]) < 3 * 1.5 * 1000 / 32
 
 
 def test_work_whose_first_part_is_slow_is_heard_of_at_once_and_quick_work_never(monkeypatch, capsys):

@@ -1,5 +1,8 @@
 """--probe and --draw on the toy world."""
 import json
+import re
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +16,9 @@ import train
 def test_probe_tells_what_changed_and_draw_shows_it(tmp_path, capsys):
     code = train.main(["--dataset", "toy", "--method", "zero-shot", "atha", "--episodes", "2", "--steps", "10", "--out", str(tmp_path), "--probe",
                        "--draw", str(tmp_path / "look.png"), "--draw-block", "1"])
-    said = capsys.readouterr().out
-    assert code == 0 and said.count("gap shift") == 1, "zero-shot changes nothing, so it is not probed"
+    said = capsys.readouterr()
+    assert code == 0 and said.out.count("gap shift") == 1, "zero-shot changes nothing, so it is not probed"
+    assert "training once more to look inside: step 0/10 of 5 pictures\n" in said.err
     *blocks, whole = [json.loads(line, parse_constant=pytest.fail) for line in next(tmp_path.glob("*.probe.jsonl")).read_text().splitlines()]
     assert [row["block"] for row in blocks] == [0, 1, 2, 3] and blocks[0]["cka"] > 0.999 > whole["cka_features"] > 0.5
     for row in blocks:
@@ -39,6 +43,21 @@ def test_a_mean_of_nothing_is_null_in_the_file_and_a_dash_in_the_table(tmp_path,
     assert "     - ->      -" in capsys.readouterr().out
     rows = [json.loads(line, parse_constant=pytest.fail) for line in next(tmp_path.glob("*.probe.jsonl")).read_text().splitlines()]
     assert rows[0]["head_before"] is None and rows[0]["tail_before"] is not None
+
+
+@pytest.mark.parametrize("flags", [["--probe"], ["--draw", "look.png"]])
+def test_what_cannot_be_written_whole_is_not_there(flags, tmp_path, capsys):
+    """Room for the results, not for the picture and the table."""
+    argv = ["--dataset", "toy", "--method", "atha", "--episodes", "1", "--steps", "1", "--query", "3", "--out", str(tmp_path)]
+    assert train.main(argv) == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        assert train.main([*argv, *flags]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert re.search(r"train.py: error: cannot write .*(probe.jsonl|look.png): File too large\n$", capsys.readouterr().err)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".jsonl"] and not list(Path().iterdir())
 
 
 def test_head_is_orange_and_tail_blue_where_they_are(tmp_path):

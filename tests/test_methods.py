@@ -78,6 +78,14 @@ def test_tir_weights_of_any_way(ways):
         assert weights == pytest.approx([1 - 0.5 * (s - 3) if s else 1 for s in range(6)])
 
 
+def test_tir_chooses_in_float32_whatever_the_weights_are():
+    torch.manual_seed(0)
+    tokens, text, norm, proj = torch.randn(4, 300, 64), torch.randn(5, 32), nn.LayerNorm(64), torch.randn(64, 32)
+    low = [x.bfloat16() for x in (tokens, text, norm, proj)]             # the norm in place
+    exact = atha.tir_marks(low[0].float(), low[1].float(), norm.float(), low[3].float())
+    assert torch.equal(atha.tir_marks(low[0], low[1], norm.bfloat16(), low[3]), exact)
+
+
 @pytest.mark.parametrize("inhibit, enhance, low, high", [(True, False, 0.5, 1), (False, True, 1, 2), (True, True, 0.5, 2)])
 def test_tir_inhibits_and_enhances_apart(inhibit, enhance, low, high):
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ def run(capsys):
         code, (out, err) = train.main(["--weights", str(TOY_CLIP), *map(str, args)]), capsys.readouterr()
         out = [json.loads(line) for line in out.splitlines()] if "--json" in args else out
         return code, out, [line for line in err.splitlines()
-                           if line and not line.startswith(("decoding", "the percentages", "fitting")) and "s left" not in line]
+                           if line and not line.startswith(("decoding", "the percentages", "fitting", "classifying")) and "s left" not in line]
     return run
 
 
@@ -122,6 +122,13 @@ def test_prompt_and_names_make_the_texts_of_the_classes(fit, pictures, toy, tmp_
     assert torch.equal(train.class_rows(toy[1], "ein {}.", ["Apple_scab"], 40), toy[1](["ein Apple scab."], 40))
     for learner in (before, train.load_tuned(saved, *toy)):
         assert torch.equal(learner.token_ids, rows[None, :, : learner.token_ids.shape[-1]])
+
+
+def test_of_a_folder_with_a_split_the_training_part_is_fitted_which_is_said(fit, tmp_path):
+    for part, each in (("train", 4), ("test", 2)):
+        draw_pictures(tmp_path / "own" / part, 3, each)
+    _, _, said = fit(tmp_path / "own", "--method", "zero-shot")
+    assert "of its 18 pictures, the 12 of its training part are used" in said
 
 
 @pytest.mark.parametrize("counts, options", [
@@ -231,10 +238,11 @@ def test_a_difference_within_noise_is_called_so(toy, pictures, capsys, monkeypat
     said = {name: truth.clone() for name in ("zero-shot", "clip-lora")}
     said["zero-shot" if tuned > 0 else "clip-lora"][: abs(tuned)] += 1      # so many wrong that the other gets right
     monkeypatch.setattr(train.Job, "logits", lambda job, learner, tasks: [
-        20 * torch.eye(7)[said["zero-shot" if learner else "clip-lora"], :6]])
+        20 * torch.eye(7)[said["clip-lora" if learner is tuned_one else "zero-shot"], :6]])
     rows = train.class_rows(toy[1], "{}", pool.classes, 40)
     job = train.Job(toy[0], pool, rows, "clip-lora", train.Recipe())
-    temperature = train.trust(job, None, [task])
+    tuned_one = train.Learner(toy[0], rows[None], "clip-lora", job.recipe)
+    temperature = train.trust(job, tuned_one, [task])
     out = capsys.readouterr().out
     assert verdict in out and f"{100 * tuned / 24:+.2f}" in out and 0.01 <= temperature <= 100
     assert "circle           4 " in out and ("cross 1" in out) == (tuned < 0), "what is taken for what when tuned"
@@ -248,7 +256,7 @@ def test_folds_tell_what_to_expect_then_everything_is_fitted_and_kept(run, fit, 
     assert "not calibrated" not in said and len(learner.token_ids) == 1
     clip, tokenizer = clip_min.load(TOY_CLIP)
     tuned = train.load_tuned(saved, clip, tokenizer)
-    assert f"temperature {tuned.temperature:.3g}" in said and tuned.temperature != 1
+    assert f"temperature {tuned.temperature:.3g}, which was fitted to the same pictures" in said and tuned.temperature != 1
     wanted = (tuned.logits(prepared(pictures))[0] / tuned.temperature).softmax(-1).max(-1).values
     code, rows, err = run("--predict", saved, pictures, "--json")
     assert code == 0 and [row["probability"] for row in rows[:-1]] == wanted.tolist() and not err

@@ -102,6 +102,50 @@ def test_a_method_of_ones_own_that_cannot_be_used_is_said_in_one_line(code, word
     train.own_part.cache_clear()
     refused(capsys, [*TOY, "--method", "mine.py:Mine"], "mine.py:Mine", words)
     refused(capsys, [*TOY, "--method", "nowhere.py:Mine"], "nowhere.py")
+    os.mkfifo("pipe.py")
+    refused(capsys, [*TOY, "--method", "pipe.py:Mine"], "not an ordinary file")
+
+
+PART = """
+import torch
+from atha import Part
+class Mine(Part):
+    fields = {{"mine_share": (0.1, "share of the tokens")}}
+    def {0}:
+        return {1}
+"""
+HOOK = "vision_hook(self, text)"
+
+
+@pytest.mark.parametrize("method, made, words", [
+    ("loss(self, step)", "step.features.mean()", "Mine.loss gave [] torch.float32 where [2] torch.float32"),
+    ("loss(self, step)", "step.logits.mean(1)", "Mine.loss gave [2, 5]"), ("loss(self, step)", "None", "Mine.loss gave None"),
+    (HOOK, "lambda x, layer: x[0]", "Mine.vision_hook gave [37, 128] torch.float32 where [10, 37, 128]"),
+    (HOOK, "lambda x, layer: x.double()", "Mine.vision_hook gave [10, 37, 128] torch.float64"),
+    (HOOK, "lambda x, layer: None", "Mine.vision_hook gave None"), (HOOK, "lambda x, layer: x[:5]", "Mine.vision_hook gave [5, 37"),
+    ("text_hook(self, x, layer)", "x[:, 1:]", "Mine.text_hook gave"), ("groups(self)", "[('adam', [], 1e-3)]", "Mine.groups takes adamw or sgd"),
+    ("groups(self)", "[('sgd', [torch.zeros(2, requires_grad=True)], 1e-3)]", "Mine.groups takes adamw or sgd, and parameters of the part")])
+def test_what_a_method_of_ones_own_gives_back_must_fit(method, made, words, capsys):
+    """Added as it is, it would be spread over the episodes, break a block of the tower, or not be saved."""
+    Path("mine.py").write_text(PART.format(method, made))
+    train.own_part.cache_clear()
+    refused(capsys, [*TOY, "--method", "mine.py:Mine"], words)
+
+
+@pytest.mark.parametrize("method, made", [
+    ("loss(self, step)", "0.5"), ("loss(self, step)", "step.logits.logsumexp(-1).mean(1)"), (HOOK, "lambda x, layer: x[:, :-1]"),
+    (HOOK, "None"), ("text_hook(self, x, layer)", "x + 1")])
+def test_what_a_method_of_ones_own_may_give_back(method, made, capsys):
+    Path("mine.py").write_text(PART.format(method, made))
+    train.own_part.cache_clear()
+    assert train.main([*TOY, "--method", "mine.py:Mine"]) == 0, capsys.readouterr().err
+
+
+def test_the_help_says_whose_fields_they_are(mine, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--method", mine, "--help"])
+    said = capsys.readouterr().out
+    assert "recipe of mine (a method of your own):" in said and "recipe of tir (defaults are the paper's):" in said
 
 
 # ------------------------------------------------------------------------------------------------- tasks of any kind
@@ -166,6 +210,7 @@ def test_a_split_is_tested_whole_with_all_classes_by_seeds(split, toy, tmp_path,
     assert train.main([*split, "--method", "zero-shot", "svl", "--shot", "1", "6"]) == 0
     said = capsys.readouterr()
     assert said.err.count("to learn from, not 6: drawn with replacement") == 5, "once a class"
+    assert said.err.count("0 of 3 seeds are done") == 4 and "episode" not in said.err
     assert said.out.count("over 3 seeds") == 4 and "dtd all classes 1-shot zero-shot (clip-lora-fsl): " in said.out
     pool = data.load("dtd", tmp_path)
     texts = toy[1]([f"{name} texture." for name in pool.classes], 40)
@@ -305,3 +350,15 @@ def test_two_machines_without_a_shared_folder(tmp_path, capsys):
     nodes = [node(rank, port, out, "--seed", str(rank)) for rank, out in enumerate(outs)]
     said = [run.communicate(timeout=100) for run in nodes]
     assert [run.returncode for run in nodes] == [2, 2] and "not started with the same command" in said[0][1]
+
+
+@pytest.mark.parametrize("environment, words", [({"RANK": "0", "WORLD_SIZE": "2"}, "cannot join the other processes"),
+                                                ({"RANK": "0", "WORLD_SIZE": "0"}, "goes with")])
+def test_processes_that_nobody_started_together(environment, words, monkeypatch, capsys):
+    """Without an address; and numbers that are no ranks are nobody's, so the command line has its say."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train.rank_and_size() == (0, int(environment["WORLD_SIZE"]) or 1)
+    refused(capsys, TOY if "join" in words else [*TOY, "--top", "3"], words)

@@ -1,12 +1,16 @@
-"""What a step costs, counted, and that no step waits for the host: as on a GPU, on any machine."""
+"""What a step costs, counted, and that no step waits for the host: as on a GPU, on any machine. What is faster on a CPU."""
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from bench import Count, HostError, as_gpu, counted
+from conftest import refused
 
+import clip_min
 import train
-from clip_min import CLIPConfig
+from clip_min import CLIP, CLIPConfig
 
 SMALL = CLIPConfig(embed=64, image=32, vision_width=64, vision_layers=2, text_width=64, text_layers=2)
 PE_CORE = replace(SMALL, family="pe-core", activation="gelu")
@@ -62,3 +66,30 @@ def test_meeting_the_host_is_seen(wrong, monkeypatch):
     monkeypatch.setattr(train.PARTS[0], "loss", loss)
     with pytest.raises((HostError, RuntimeError)):
         counted("clip-lora", config=SMALL)
+
+
+@pytest.mark.parametrize("share, precision", [(0.5, "bfloat16"), (0.9, "float32"), (30, "float32")])
+def test_the_trial_of_precisions_survives_a_load(share, precision, monkeypatch, capsys):
+    """All tries but one of each are disturbed, those of the faster one most."""
+    times = [t for k in range(20) for t in ((1.0 if k == 3 else 5.0), (share if k == 11 else 40.0))]
+    marks = iter([mark for t in times for mark in (0.0, t)])
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(marks))
+    threads = torch.get_num_threads()
+    assert train.faster_precision(8) == precision and torch.get_num_threads() == threads
+    assert f"in {precision}: products in bfloat16 take {share:.2f} of" in capsys.readouterr().err
+
+
+def test_the_precision_of_a_cpu(toy, monkeypatch, capsys):
+    """What a trial says for a wide backbone, unless it is given; a small one is not tried."""
+    small, tokenizer = toy
+    wide = CLIP(replace(small.config, vision_width=512, vision_layers=1)).eval()
+    monkeypatch.setattr(clip_min, "load", lambda path, device: (wide, tokenizer))
+    monkeypatch.setattr(train, "faster_precision", lambda width: {512: "bfloat16"}[width])
+    monkeypatch.setattr(train, "multiply_fast", int)
+    argv = "--dataset toy --method zero-shot --episodes 1 --query 1".split()
+    assert train.main(argv) == 0 and wide.logit_scale.dtype == torch.bfloat16
+    part, = Path("results").iterdir()
+    assert json.loads(part.read_text().splitlines()[0])["precision"] == "bfloat16"
+    refused(capsys, [*argv, "--precision", "float32"], part, "give --precision bfloat16, another --out")
+    monkeypatch.setattr(clip_min, "load", lambda path, device: (small, tokenizer))
+    assert train.main([*argv, "--out", "small"]) == 0 and small.logit_scale.dtype == torch.float32

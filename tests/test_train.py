@@ -247,6 +247,15 @@ def test_released_means_the_trainer_that_the_method_came_with():
             r.ra_weight, r.extra_share) == (100, 100, 2e-4, 16, 8, 0.25, 0.1, 0.1, 0.8, 8, 0.01, (8, 10), 0.3, 0.1, 3, 0.6), "the papers' numbers"
 
 
+@pytest.mark.parametrize("name, method, wanted", [("released", "atha", (100, 4.0)), ("released-svl", "svl", (1250, 100.0))])
+def test_adapt_means_by_a_recipe_s_name_what_the_command_line_does(toy, name, method, wanted, monkeypatch):
+    """At 5 shot."""
+    monkeypatch.setattr(train, "Learner", lambda clip, ids, method, recipe: (_ for _ in ()).throw(UsageError((recipe.steps, recipe.scale))))
+    with pytest.raises(UsageError) as e:
+        adapt(toy[0], torch.zeros(1, 25, 3, 48, 48), torch.zeros(1, 25).long(), torch.zeros(1, 5, 40).long(), method, name)
+    assert e.value.args[0] == wanted
+
+
 def test_methods_join_and_unknown_ones_are_named():
     assert sides("atha+tir") == {"CLIPLoRA", "ATHA", "TIR", "pull", "push", "inhibit", "enhance"}
     alone = ("svl-only", "ra-only", "tir-inhibit", "coop", "maple+lv", "clip-lora")
