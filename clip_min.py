@@ -74,6 +74,8 @@ def failing(what: str) -> Iterator[None]:
         yield
     except Exception as e:                     # what damaged files, servers and packages raise is manifold
         why = str(e) if isinstance(e, WeightsError) else f"{type(e).__name__}: {e}"
+        if isinstance(e, (LookupError, TypeError, AttributeError, ArithmeticError)):    # of our own reading
+            why = f"it is damaged, or not of a kind that is read here ({why})"
         raise WeightsError(textwrap.shorten(f"{what}: {why}", 500)) from e
 
 
@@ -697,6 +699,7 @@ def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of one file as stored. No file's code is run but that of OpenAI's own archives."""
     if not file.is_file():
         raise WeightsError(f"there is no ordinary file {file}")
+    file.open("rb").close()            # safetensors says of all that it may not open that it is not there
     if not zipfile.is_zipfile(file):
         with safe_open(file, "pt") as stored:
             return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
@@ -805,8 +808,8 @@ def convert(source: str | Path, target: str | Path, merges: str | Path | None = 
 
 
 def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str]) -> None:
-    """One safetensors file, there whole or not at all. Raises WeightsError."""
-    target = Path(target)
+    """One safetensors file, there whole or not at all; a link stays one. Raises WeightsError."""
+    target = Path(os.path.realpath(target))
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     with failing(f"cannot write {target}"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -880,7 +883,10 @@ def read_picture(path: str | Path, config: CLIPConfig) -> Tensor:
     from torchvision.transforms.v2 import functional as TF
     content = io.BytesIO(read_ordinary(path))
     with failing(f"cannot read the picture {path}"):
-        image = Image.open(content, formats=PICTURES).convert("RGB")
+        image = Image.open(content, formats=PICTURES)
+        if image.mode[0] in "IF":
+            raise WeightsError("it has more than 8 bits a channel, which would be cut off")
+        image = image.convert("RGB")
     if config.family == "clip":
         image = TF.resize(image, config.image, TF.InterpolationMode.BICUBIC)
     else:

@@ -102,7 +102,8 @@ class Clock:
             progress(f"{self.what}: {text}", last=False)
         elif now - self.said > min(10, max(1, took / 20)):
             self.said = now
-            progress(f"{took / done * (self.total - done):.0f} s left, {text}, {self.what}", last=False)
+            left = took / done * max(0, self.total - done)     # the last pass may be longer than what is left
+            progress(f"{left:.0f} s left, {text}, {self.what}", last=False)
 
 
 def told(things: Iterable, total: int, what: str) -> Iterator:
@@ -304,14 +305,20 @@ def list_folders(root: Path, under: str = "") -> Found:
     parts = {join(under, "train"): "train", join(under, test): "test"}
     if not all(os.path.isdir(root / place) and visible(root / place)[0] for place in parts):
         parts = {under: ""}
-    rows, empty = [], []
+    rows, empty, stray = [], [], []
     for place, part in parts.items():
-        for folder in visible(root / place)[0]:
-            found = [f for f in visible(root / place / folder)[1] if f.lower().endswith(IMG_EXTENSIONS)]
+        folders, files = visible(root / place)
+        stray += [f for f in files if f.lower().endswith(IMG_EXTENSIONS) or not (root / place / f).exists()]
+        for folder in folders:
+            deeper, files = visible(root / place / folder)
+            found = [f for f in files if f.lower().endswith(IMG_EXTENSIONS)]
             rows += [(part, join(place, folder, picture), folder) for picture in found]
+            stray += [join(folder, name) for name in deeper]
             empty += [] if found else [folder]
-    if empty:
-        progress(f"left out, no pictures in: {', '.join(empty)}")
+    more = f" and {len(stray) - 5} more" if len(stray) > 5 else ""
+    left = {"no pictures in": ", ".join(empty), "not right in a class folder": ", ".join(stray[:5]) + more}
+    if rows and any(left.values()):
+        progress(f"left out, {'; '.join(f'{why}: {what}' for why, what in left.items() if what)}")
     if not rows:
         raise DataError(f"no class folders with pictures in {root / under}")
     return Found(rows, list(dict.fromkeys(folder for _, _, folder in rows)), root / under)
@@ -568,6 +575,8 @@ def decode(path: str | Path, size: int) -> Tensor:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:         # Pillow only warns up to twice that
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or image.mode == "I" and not 0 <= image.getextrema()[1] < 2 ** 16:
+            raise ValueError("nothing tells how bright its numbers are: keep it with 8 or 16 bits a channel")
         if image.mode.startswith("I"):              # 16 bits a pixel: Pillow's own conversion would clip
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         return TF.pil_to_tensor(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))

@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 if __name__ == "__main__":                       # Ctrl-C while torch is being imported: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -85,7 +86,7 @@ class Recipe:
     minibatch: int = option("training", 0, "pictures a step, shuffled; 0: all of them")
     weight_decay: float = option("training", 1e-2, "weight decay of AdamW")
     cosine: float = option("training", 0.0, "cosine schedule to 1e-6 over so many times the steps; 0: none")
-    crop_area: float = option("training", 0.5, "smallest area of a random crop", high=1)
+    crop_area: float = option("training", 0.5, "smallest area of a random crop", low=1e-4, high=1)
     bicubic: bool = option("training", False, "random crops are resampled bicubic, not bilinear")
     # CLIP-LoRA
     lr: float = option("cliplora", 2e-4, "learning rate of its AdamW")
@@ -150,11 +151,11 @@ def own_part(place: str) -> type[Part]:
         data.ordinary(file)
         sys.path.append(str(Path(file).resolve().parent))         # for what it imports from beside it
         part = runpy.run_path(file)[name]
-        if not issubclass(part, Part):
+        if not isinstance(part, type) or not issubclass(part, Part):
             raise TypeError(f"{name} is not a subclass of atha.Part")
         if taken := [f.name for f in fields(Recipe) if f.name in part.fields]:
             raise TypeError(f"{name}'s field {taken[0]} is one of Recipe already")
-    except Exception as e:                                      # it is the user's code: anything may be wrong
+    except (Exception, SystemExit) as e:                        # it is the user's code: anything may be wrong
         raise UsageError(f"--method {place}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     return part
 
@@ -429,7 +430,8 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
 
 # ----------------------------------------------------------------------------------------- memory, processes
 
-MEMORY = re.compile("out of ?memory|MemoryError|allocate memory|CUBLAS_STATUS_(ALLOC|NOT_)|HostAlloc", re.I)
+MEMORY = re.compile("out of ?memory|start new thread|MemoryError|allocate memory|"
+                    "CUBLAS_STATUS_(ALLOC|NOT_)|HostAlloc", re.I)
 
 
 def halving(work: Callable[[int], object], at_once: int, what: str) -> tuple[object, int]:
@@ -475,10 +477,14 @@ def join_others() -> None:
 
 
 def gathered(mine: object) -> list:
-    """What every process has, in the order of their ranks."""
+    """What every process has, in the order of their ranks. Raises UsageError when one of them has ended."""
     everyone = [mine] * rank_and_size()[1]
     if len(everyone) > 1:
-        torch.distributed.all_gather_object(everyone, mine)
+        try:
+            torch.distributed.all_gather_object(everyone, mine)
+        except RuntimeError as e:
+            raise UsageError("another process has ended: finished episodes are kept, and the same command "
+                             "goes on from there") from e
     return everyone
 
 
@@ -505,6 +511,8 @@ def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], context:
     """Token rows (C, context) of class names in the prompt, _ as a space. Raises UsageError for twins."""
     rows, seen = tokenizer([prompt.replace("{}", name.replace("_", " ")) for name in names], context), {}
     for name, row in zip(names, map(tuple, rows.tolist())):
+        if not name.replace("_", " ").strip():
+            raise UsageError(f"class {name!r} has no word that could tell it from others: name it")
         if row in seen:
             raise UsageError(f"classes {seen[row]!r} and {name!r} have the same text, so nothing can tell "
                              f"them apart: rename one, or change the prompt {prompt!r}")
@@ -616,7 +624,7 @@ def mean_and_interval(accuracies: Iterable[float]) -> tuple[float, float]:
 def in_short(accuracies: Iterable[float], sign: str = "") -> str:
     """Mean and interval as text, "81.41 ± 0.42"."""
     mean, interval = mean_and_interval(accuracies)
-    return f"{mean:{sign}.2f} ± {interval:.2f}"
+    return f"{mean:{sign}.2f}" + f" ± {interval:.2f}" * (interval == interval)      # nobody knows that of one
 
 
 class Results:
@@ -629,10 +637,11 @@ class Results:
     def __init__(self, stem: Path, header: dict, rank: int = 0):
         self.header, self.done = header, {}
         part = stem.with_name(f"{stem.name}.part{rank}.jsonl")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        if part.exists():
-            data.ordinary(part)
-        self.file = part.open("a+b")
+        with data.refusing(f"cannot keep results in {stem.parent}"):
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            if part.exists():
+                data.ordinary(part)
+            self.file = part.open("a+b")
         if not data.try_lock(self.file):
             raise UsageError(f"{part}: another run is writing it")
         for one in sorted(part.parent.glob(glob.escape(stem.name) + ".part*.jsonl")):
@@ -643,13 +652,17 @@ class Results:
             self.append([header])
 
     def read(self, part: Path) -> None:
+        known = {}
         for number, line in enumerate(whole_lines(part), 1):
             try:
                 record = json.loads(line)
                 if number == 1:
                     self.compare(part, record)
-                elif type(record["episode"]) is not int or not 0 <= record["accuracy"] <= 100:
+                elif [type(record["episode"])] != [int] or type(record["accuracy"]) not in (int, float) or (
+                        record["episode"] < 0 or not 0 <= record["accuracy"] <= 100):
                     raise ValueError
+                elif known.setdefault(record["episode"], record["accuracy"]) != record["accuracy"]:
+                    raise ValueError                             # which of the two?
                 else:
                     self.done[record["episode"]] = record
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -691,7 +704,7 @@ def table(title: str, found: dict[tuple[str, str], list[float]], shot: int, sign
         means = [mean_and_interval(found[method, c])[0] for c in texts]
         texts["mean"] = f"{sum(means) / len(means):{sign}.2f}"
         rows.append([method, *(texts.get(c, "") + paper_figure(method, shot, c, family) for c in columns)])
-    return ["", *(f"| {' | '.join(row)} |" for row in rows)]
+    return ["", *(printable(f"| {' | '.join(row)} |") for row in rows)]
 
 
 def markdown(cells: dict[tuple[str, int, str], dict[int, float]], family: str = "clip") -> str:
@@ -745,6 +758,11 @@ def program() -> str:
                        Path(__file__).read_bytes())
 
 
+def called(dataset: str) -> str:
+    """A dataset's name, or its folder's, however that is spelled."""
+    return os.path.basename(os.path.abspath(dataset))
+
+
 def try_tasks(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], told: Callable) -> list[dict]:
     """Train and test tasks in one batch: a record each, accuracy in %; told(share of the work done)."""
     if job.compile:
@@ -768,7 +786,7 @@ def run_job(args: Namespace, job: Job, dataset: str, shot: int) -> dict[int, flo
     """Train what is not done yet, in batches of tasks; returns the accuracy of every task by its number."""
     rank, size = rank_and_size()
     episodes = args.episodes or (3 if args.split else 100 if dataset == "toy" else 800 if shot == 1 else 400)
-    dataset, kind, protocol = Path(dataset).name, f"{args.way}way", {"way": args.way, "query": args.query}
+    dataset, kind, protocol = called(dataset), f"{args.way}way", {"way": args.way, "query": args.query}
     if args.split:
         pool, kind = job.pool, "split"
         protocol = {"split": data.digest(pool.train.tolist(), pool.test.tolist())}
@@ -778,11 +796,11 @@ def run_job(args: Namespace, job: Job, dataset: str, shot: int) -> dict[int, flo
               "precision": args.precision, "weights": job.backbone.fingerprint, "data": job.pool.fingerprint}
     if gathered((header, episodes)) != [(header, episodes)] * size:
         raise UsageError("the processes were not started with the same command")
+    (first,), _ = tasks_of(args, job.pool, shot, [0])        # refused before a file is made, if it cannot be
     results = Results(Path(args.out) / name, header, rank)
     results.done = merged(results.done)
     missing = [n for n in range(episodes) if n not in results.done]
     todo, before = missing[rank::size], 0
-    (first,), _ = tasks_of(args, job.pool, shot, [0])
     fits = pictures_at_once(job.backbone, job.device) // job.shown(first)
     at_once = args.batch or min(128 if job.device.type == "cuda" else 16, max(1, fits))
     made_by = {"device": str(job.device), "ranks": size, "compile": job.compile, "torch": torch.__version__,
@@ -795,7 +813,7 @@ def run_job(args: Namespace, job: Job, dataset: str, shot: int) -> dict[int, flo
         torch.compiler.reset()                               # other shapes: old graphs would only count
 
     def told(done: float) -> None:
-        accuracies = [record["accuracy"] for record in results.done.values()]
+        accuracies = [record["accuracy"] for n, record in results.done.items() if n < episodes]
         so_far = f", {in_short(accuracies)} %" if accuracies else ""
         if rank == 0 and done:                               # what is to be done was said above
             clock.tell(done, f"{before}/{len(todo)}{so_far}", last=before == len(todo))
@@ -819,15 +837,19 @@ AT_ONCE, MINI = 64, 16   # --fit sees up to 64 pictures in every step; of more, 
 SHEET = 48               # pictures on the sheet that --predict draws
 VERDICTS = ("within noise: these pictures cannot tell whether tuning helps", "tuning helps", "tuning harms")
 NOTES = {                # what --save notes beside the tensors, and of what kind it is
-    "classes": list, "phrases": list, "method": str, "recipe": dict, "weights": str,
-    "code": dict, "place": (str, type(None)), "temperature": (float, type(None)), "size": int,
+    "classes": [list], "phrases": [list], "method": [str], "recipe": [dict], "weights": [str],
+    "code": [dict], "place": [str, type(None)], "temperature": [float, type(None)], "size": [int],
 }
 
 
 def read_names(path: str, classes: Sequence[str]) -> list[str]:
     """Phrase of each class: what a JSON object says of the folder, or its name. Raises UsageError."""
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name stands in it twice")
+        return dict(pairs)
     try:
-        names = json.loads(data.read_text(Path(path)))
+        names = json.loads(data.read_text(Path(path)), object_pairs_hook=once)
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, dict) or not all(isinstance(phrase, str) for phrase in names.values()):
@@ -837,17 +859,19 @@ def read_names(path: str, classes: Sequence[str]) -> list[str]:
     return [names.get(name, name) for name in classes]
 
 
-def check_writable(path: Path) -> None:
-    """Raises UsageError before the work is done rather than after."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")     # a name as long as `save` needs
+def check_writable(path: Path) -> Path:
+    """Where a file would be, links followed. Raises UsageError before the work is done rather than after."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     try:
-        if path.exists() and not path.is_file():
+        if os.path.lexists(path) and not path.is_file():
             raise OSError(0, "it is not an ordinary file")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")         # a name as long as `save` needs
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         part.unlink()
     except OSError as e:
         raise UsageError(f"cannot write {path}: {e.strerror}") from e
+    return path
 
 
 @contextmanager
@@ -912,7 +936,7 @@ def fit(args: Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
              "size": pool.images.shape[-1]}
     save(learner.learned(), args.save, {key: json.dumps(value) for key, value in notes.items()})
     doubt = "" if temperature else "; its percentages are not calibrated: --holdout or --folds would do that"
-    print(f"saved {args.save}{doubt}")
+    print(printable(f"saved {args.save}{doubt}"))
     return 0
 
 
@@ -1007,19 +1031,20 @@ def read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and notes of a file that --save wrote, the notes of their kinds. Raises UsageError."""
     try:
         data.ordinary(path)
+        open(path, "rb").close()           # safetensors says of all that it may not open: not there
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             stored = file.metadata() or {}
         notes = {key: json.loads(stored[key]) for key in NOTES}
         classes, phrases = notes["classes"], notes["phrases"]
-        fits = [isinstance(notes[key], kind) for key, kind in NOTES.items()]
+        fits = [type(notes[key]) in kinds for key, kinds in NOTES.items()]       # True is no number here
         fits += [isinstance(name, str) for name in [*classes, *phrases]]
         fits += [1 < len(set(classes)) == len(classes) == len(phrases), 0 < notes["size"] <= 4096,
                  0.01 <= (notes["temperature"] or 1) <= 100]
         if not all(fits):
             raise ValueError
         return tensors, notes
-    except (OSError, SafetensorError) as e:
+    except (OSError, RuntimeError, SafetensorError) as e:
         raise UsageError(f"cannot read {path} as a file that --save wrote: {e}") from e
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise UsageError(f"{path} is not a file that --save wrote, or of another version") from e
@@ -1064,7 +1089,10 @@ def load_tuned(path: str | Path, backbone: CLIP, tokenizer: Tokenizer, own: Sequ
 def pictures_in(folder: Path, skip: Callable[[object], None]) -> Iterator[Path]:
     """Pictures in a folder and all below, links too, each folder once; skip hears of what cannot be read."""
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=skip):
+
+    def unread(error: OSError) -> None:
+        skip(f"cannot look into {error.filename}: {error.strerror}")
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=unread):
         real = os.path.realpath(place)
         folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
         yield from (Path(place, name) for name in sorted(files)
@@ -1210,7 +1238,7 @@ def export(args: Namespace, learner: Learner) -> int:
         for name, content in notes.items():
             (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
         os.replace(folder, target)
-    print(f"wrote {target}")
+    print(printable(f"wrote {target}"))
     return 0
 
 
@@ -1240,7 +1268,7 @@ def look(args: Namespace, job: Job, dataset: str, shot: int) -> None:
                       for x, y, task in zip(pictures, text, tasks)]
             whole[f"gap_shift_{when}"] = sum(shifts).item() / len(tasks)
         lines = [json.dumps(row).replace("NaN", "null") + "\n" for row in [*rows, whole]]    # JSON has no NaN
-        name = f"{Path(dataset).name}-{shot}shot-{OWN_FILE.sub('', job.method)}-{args.recipe}.probe.jsonl"
+        name = f"{called(dataset)}-{shot}shot-{OWN_FILE.sub('', job.method)}-{args.recipe}.probe.jsonl"
         with replacing(Path(args.out, name)) as part:
             part.write_text("".join(lines))
         print(probe_table(rows, whole, len(tasks)))
@@ -1285,10 +1313,10 @@ d     episodes    N           -  default 800 at 1 shot, 400 otherwise, 100 on to
 d     way         N           5  classes an episode (default 5)
 d     query       N          15  query pictures a class (default 15)
 df    seed        INT         1  draws the tasks and all chance in them (default 1)
-dfpe  data        DIR         datasets  where the datasets are (default datasets)
+d     data        DIR         datasets  where the datasets are (default datasets)
 dfpe  weights     PLACE       -  a file or folder of weights, or hf-hub:org/name (default ViT-B/16, \
 downloaded once; toy has its own)
-dfpe  out         DIR         results  results, from which a rerun goes on (default results)
+d     out         DIR         results  results, from which a rerun goes on (default results)
 dfpe  device      NAME        {"cuda" if torch.cuda.is_available() else "cpu"}  cpu, cuda, cuda:N, or, \
 untried, mps (default cuda where there is one)
 dfpe  precision   float32|bfloat16  -  of the frozen weights and the arithmetic (default bfloat16 on CUDA, \
@@ -1314,18 +1342,24 @@ hugging-face)
 
 
 def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if not 1 <= int(text) < 2 ** 31:
+        raise argparse.ArgumentTypeError("must be at least 1" if int(text) < 1 else "must be below 2^31")
     return int(text)
 
 
-VALUES = {"N": positive, "INT": int, "X": float}               # of flags; all others are texts
+def nonempty(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return text
+
+
+VALUES = {"N": positive, "INT": int, "X": float, "TEXT": str}             # of flags; all others are names
 
 
 def add_flag(group, name: str, value: str, default: str, text: str) -> None:
     """A flag of the command line as a row of FLAGS has it; value -: --name and --no-name; default -: None."""
     kind = value.removesuffix(" ...")
-    convert = VALUES.get(kind, str)
+    convert = VALUES.get(kind, nonempty)
     how = {"metavar": kind, "type": convert, "nargs": "+" if kind != value else None}
     if "|" in value:
         how = {"choices": value.split("|")}
@@ -1375,7 +1409,10 @@ def parse(argv: list[str]) -> Namespace:
         parser.exit(0, __doc__)
     asked = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].method or ()
     theirs = [own_part(name) for name in "+".join(asked).split("+") if ":" in name]
-    add_fields(parser, extended(Recipe(), theirs))               # a method of the user's own may bring fields
+    try:
+        add_fields(parser, extended(Recipe(), theirs))           # a method of the user's own may bring fields
+    except (TypeError, ValueError, LookupError, AttributeError, argparse.ArgumentError) as e:
+        raise UsageError(f"--method {' '.join(asked)}: its fields cannot be flags: {e}") from e
     args = parser.parse_args(argv)
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     uses = [use for use in USES if use in given]
@@ -1386,6 +1423,8 @@ def parse(argv: list[str]) -> Namespace:
         users = [other for other in USES if other[0] in readers.get(name, "df")]         # a recipe's: df
         if uses[0] not in users:
             raise UsageError(f"--{name.replace('_', '-')} goes with --{' or --'.join(users)}")
+    if "draw_block" in given and not args.draw:
+        raise UsageError("--draw-block goes with --draw")
     fill_in(args)
     check(args)
     return args
@@ -1394,7 +1433,7 @@ def parse(argv: list[str]) -> Namespace:
 def fill_in(args: Namespace) -> None:
     """What follows from the rest."""
     sets = {"all": data.PAPERS, "all-fsl": data.FSL}
-    args.dataset = [name for given in args.dataset or () for name in sets.get(given, [given])]
+    args.dataset = [*dict.fromkeys(name for given in args.dataset or () for name in sets.get(given, [given]))]
     default = ["zero-shot", "atha"] if args.dataset == ["toy"] else ["atha"]
     args.method = [name for given in args.method or default
                    for name in (TABLE if given == "all" else [given])]
@@ -1406,6 +1445,8 @@ def fill_in(args: Namespace) -> None:
 def check(args: Namespace) -> None:
     """Refuse what cannot be meant."""
     pictures = len(args.dataset) * len(args.shot) * len({*args.method} - {"zero-shot"})
+    target = Path(os.path.realpath(args.save or args.draw or ""))
+    read = filter(None, [args.weights, args.names, *filter(os.path.isfile, args.predict or ())])
     wrong = {
         "--seed and --holdout are numbers from 0 up": not 0 <= args.seed < 2 ** 63 or args.holdout < 0,
         "--folds is a number from 2 up, and takes the place of --holdout":
@@ -1418,12 +1459,23 @@ def check(args: Namespace) -> None:
             args.draw and args.dataset and pictures != 1,
         "--draw takes a name such as look.png":
             args.draw and Path(args.draw).suffix.lower() not in IMG_EXTENSIONS,
+        "--save takes a name such as leaf.safetensors":
+            args.save and Path(args.save).suffix.lower() in IMG_EXTENSIONS,
+        f"cannot write {target}: it is read here, and would be lost":
+            target.is_file() and any(target.is_relative_to(os.path.realpath(one)) for one in read),
         "--export takes a saved file and the folder to make": args.export and len(args.export) != 2,
     }
     for message in filter(wrong.get, wrong):
         raise UsageError(message)
     for method in args.method:
         parts_of(method)
+    files = {}
+    for dataset, method in product(args.dataset, args.method):
+        known = dataset in (*DATASETS, "toy")
+        what = dataset if known else os.path.realpath(dataset), method
+        if files.setdefault((called(dataset), OWN_FILE.sub('', method)), what) != what:
+            raise UsageError(f"{dataset} with {method}: results of another would be in a file of the same "
+                             "name: run them one by one, each with an --out")
 
 
 def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
@@ -1460,8 +1512,10 @@ def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
         usual = usual if args.precision or args.export else faster_precision(width)
     args.precision = gathered(args.precision or usual)[0]        # results are of one: the first process's
     backbone.to(getattr(torch, args.precision))
-    for path in filter(None, (args.save, args.draw)):
-        check_writable(Path(path))
+    if args.save:
+        check_writable(Path(args.save))
+    if args.draw:
+        args.draw = str(check_writable(Path(args.draw)))
     if not 0 <= (args.draw_block or 0) < backbone.config.vision_layers:
         raise UsageError(f"--draw-block takes 0 to {backbone.config.vision_layers - 1}")
     return backbone, tokenizer
@@ -1487,8 +1541,9 @@ def run(args: Namespace) -> int:
             if first:
                 kind = "all classes" if args.split else f"{args.way}-way"
                 paper = paper_figure(method, shot, dataset, family).replace("(", "(paper: ")
-                print(f"{dataset} {kind} {shot}-shot {method} ({args.recipe}): {in_short(found.values())} % "
-                      f"over {len(found)} {args.task}s, {time.monotonic() - begun:.0f} s{paper}", flush=True)
+                line = f"{dataset} {kind} {shot}-shot {method} ({args.recipe}): {in_short(found.values())} % "
+                took = time.monotonic() - begun
+                print(printable(f"{line}over {len(found)} {args.task}s, {took:.0f} s{paper}"), flush=True)
             if first and (args.probe or args.draw) and method != "zero-shot":
                 look(args, job, dataset, shot)
     if first and len(cells) > 1:
@@ -1540,27 +1595,45 @@ def compile_works(device: torch.device) -> bool:
         return False
 
 
+def in_one_line(error: Exception, methods: Sequence[str]) -> str | None:
+    """What went wrong, for the user; None where that is a fault of ours. methods: whose code may have run."""
+    if isinstance(error, (UsageError, clip_min.WeightsError, DataError)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, (RuntimeError, MemoryError)) and MEMORY.search(repr(error)):
+        return "out of memory"
+    own = [name.rpartition(":")[0] for name in methods if ":" in name]
+    frames = traceback.extract_tb(error.__traceback__)
+    at = next((frame for frame in reversed(frames) if frame.filename in own), frames[-1])
+    where = f"{os.path.basename(at.filename)}, line {at.lineno}, in {at.name}"
+    why = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"--method {' '.join(methods)}: {where}: {why}" if own else None
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a request that cannot be met, said in one line."""
     argv = sys.argv[1:] if argv is None else argv
+    args = Namespace(method=[])
     try:
         args = parse(argv)
         join_others()
         return run(args)
     except BrokenPipeError:                                      # ... | head
         return 1
-    except (UsageError, clip_min.WeightsError, DataError, OSError) as e:
-        progress(f"train.py: error: {e}")
-        return 2
-    except (RuntimeError, MemoryError) as e:
-        if not MEMORY.search(repr(e)):
+    except Exception as e:
+        said = in_one_line(e, "+".join(args.method).split("+"))
+        if not said:
             raise
-        progress("train.py: error: out of memory")
+        progress(f"train.py: error: {said}")
         return 2
     except KeyboardInterrupt:
         kept = "what is finished is kept, and the same command goes on from there"
         progress(f"stopped; {kept if '--dataset' in ' '.join(argv) else 'nothing was saved'}")
         return 130
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()                # a process that ends last would abort
 
 
 def command_line() -> None:

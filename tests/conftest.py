@@ -35,6 +35,7 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     for module in (clip_min, data):
         monkeypatch.setattr(module, "CACHE", cache / "atha")
+    train.own_part.cache_clear()                                  # another test's mine.py is another file
     return cache / "atha"
 
 

@@ -270,6 +270,18 @@ BAD = {    # arguments, words that must be in the one line
     "NaN after the last step": ([*FEW, "--steps", 1, "--lr", 1e38], ["not a number", "--lr"]),
     "out is a file": ([*FEW, "--out", "{tmp}/file"], ["{tmp}/file"]),
     "device": (["--dataset", "toy", "--device", "nonsense"], ["nonsense"]),
+    "crops of no area": ([*FEW, "--augment", "crop", "--crop-area", 0], ["--crop-area", "0.0001"]),
+    **{f"{name} without a name": ([*FEW, name, ""], [name, "names nothing"]) for name in ("--weights", "--draw", "--method")},
+    "episodes without end": ([*FEW, "--episodes", 10 ** 30], ["--episodes", "below 2^31"]),
+    "a block without a picture": ([*FEW, "--draw-block", 1], ["--draw-block goes with --draw"]),
+    "results of what is saved": (["--fit", "{tmp}/half", "--save", "x", "--out", "y"], ["--out goes with --dataset"]),
+    "save as a picture": (["--fit", "{tmp}/half", "--save", "{tmp}/leaf.jpg"], ["leaf.safetensors"]),
+    "save over weights": (["--fit", "{tmp}/half", "--weights", "{tmp}/file", "--save", "{tmp}/file"], ["read here"]),
+    "save over names": (["--fit", "{tmp}/half", "--names", "{tmp}/file", "--save", "{tmp}/half/../file"], ["read here"]),
+    "save to a folder": (["--fit", "{tmp}/half", *TOYS, "--save", "."], ["cannot write .", "not an ordinary file"]),
+    "two folders of one name": (["--dataset", "{tmp}/a/leaves", "{tmp}/b/leaves"], ["{tmp}/b/leaves", "same name", "--out"]),
+    "a folder named toy": ([*FEW, "--dataset", "toy", "./toy"], ["./toy", "same name"]),
+    "two methods of one name": (["--dataset", "toy", "--method", "atha", "x/a.py:atha"], ["x/a.py"]),
     **{f"{name} {value}": ([*FEW, name, value], [name]) for name, value in
        [("--episodes", -1), ("--batch", -1), *((name, 0) for name in ("--episodes", "--way", "--shot", "--query", "--steps", "--rank"))]},
 }

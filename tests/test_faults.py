@@ -331,6 +331,7 @@ def test_a_dataset_is_fetched_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("signum, error", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_decoding_stops_at_once_and_leaves_no_part(signum, error, tmp_path, own_cache, monkeypatch):
     """Where the signal is an exception of the main thread, as train.py makes it: hundreds of pictures are left undone."""
+    threads = threading.active_count()                           # other tests may have left some
     folder, taken, whole = draw_pictures(tmp_path / "pictures", classes=6, each=60), itertools.count(), data.decode
 
     def slow(path, size):
@@ -348,7 +349,7 @@ def test_decoding_stops_at_once_and_leaves_no_part(signum, error, tmp_path, own_
         signal.signal(signum, before)
     assert kept(own_cache) == [] and next(taken) < 80
     monkeypatch.setattr(data, "decode", whole)
-    assert holds(data.load(str(folder)), folder) and threading.active_count() == 1
+    assert holds(data.load(str(folder)), folder) and threading.active_count() == threads
 
 
 def test_a_killed_run_s_part_is_replaced(tmp_path, own_cache):
@@ -652,3 +653,152 @@ def test_no_network_and_nothing_written_elsewhere(tmp_path):
     new = [p.relative_to(tmp_path).as_posix() for p in set(tmp_path.rglob("*")) - before if p.is_file()]
     places = ("work/results/", "home/.cache/atha/", "data/CropDiseases/.cropdiseases")
     assert {next((place for place in places if name.startswith(place)), name) for name in new} == set(places)
+
+
+# ------------------------------------------------------------------------------------------- what attempts to break it found
+
+OWN = {    # the body of a class, and what the one line must hold
+    "raises": ("def vision_hook(self, text):\n        raise KeyError('deep')", ["mine.py, line 5, in vision_hook", "KeyError: 'deep'"]),
+    "gives nothing": ("def vision_hook(self, text):\n        return lambda tokens, layer: None", ["Mine.vision_hook gave None"]),
+    "a loss of all episodes": ("def loss(self, step):\n        return step.features.sum()", ["Mine.loss gave []"]),
+    "fields without a help": ("fields = {'magic': 0.1}", ["mine.py:Mine", "fields"]),
+    "a field like a flag": ("fields = {'dataset': (0.1, 'x')}", ["fields", "--dataset"]),
+    "a field of no kind": ("fields = {'magic': (None, 'x')}", ["fields", "NoneType"]),
+    "ends everything": ("raise SystemExit(0)", ["mine.py:Mine", "SystemExit"]),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_own_code_that_fails_is_one_line(case, tmp_path, monkeypatch, capsys):
+    body, words = OWN[case]
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(f"from atha import Part\n\nclass Mine(Part):\n    {body}\n")
+    train.own_part.cache_clear()
+    refused(capsys, ["--dataset", draw_pictures(Path("p"), 2, 3), "--weights", TOY_CLIP, "--way", 2, *QUICK[:-1], "mine.py:Mine"], *words)
+
+
+def test_own_code_is_an_ordinary_file(tmp_path, capsys):
+    os.mkfifo(tmp_path / "mine.py")
+    refused(capsys, ["--dataset", "toy", "--method", f"{tmp_path}/mine.py:Mine"], "not an ordinary file")
+
+
+@pytest.mark.parametrize("error, word", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"), (MemoryError(), "out of memory"),
+    (RuntimeError("can't start new thread"), "out of memory"), (FileExistsError(errno.EEXIST, "File exists", "there"), "cannot use there: File exists")])
+def test_whatever_the_system_refuses_is_one_line(error, word, monkeypatch, capsys):
+    def run(_):
+        raise error
+    monkeypatch.setattr(train, "run", run)
+    refused(capsys, ["--dataset", "toy"], word)
+    assert "Errno" not in word
+
+
+@pytest.mark.parametrize("painter, argv", [("draw_patches", "--dataset {p} --way 2 --out out")])
+def test_a_picture_for_which_there_is_no_room(painter, argv, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    pictures = draw_pictures(tmp_path / "p", 2, 3)
+    assert train.main(["--fit", str(pictures), "--weights", str(TOY_CLIP), "--steps", "1", "--save", "saved"]) == 0
+    monkeypatch.setattr(train, painter, full)
+    options = [] if "--predict" in argv else ["--weights", TOY_CLIP, *QUICK]
+    assert train.main([*map(str, [*argv.format(p=pictures).split(), *options]), "--draw", "x.png"]) == 2
+    said(capsys.readouterr().err.splitlines()[-1], "cannot write", "x.png: No space left on device")
+
+
+def test_a_fault_of_ours_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(train, "run", lambda args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(["--dataset", "toy"])
+
+
+def test_output_that_is_no_stream_of_a_system():
+    """As a notebook's: text that cannot be reconfigured."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as error:
+        assert train.main(["--dataset", "nonsense"]) == 2
+    said(error.getvalue(), "nonsense")
+
+
+def test_another_process_that_ended(monkeypatch):
+    def gone(*_):
+        raise RuntimeError("Connection closed by peer")
+    monkeypatch.setattr(train, "rank_and_size", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gone)
+    with pytest.raises(train.UsageError, match="finished episodes are kept"):
+        train.gathered({})
+
+
+@pytest.mark.parametrize("line", ['{"episode": 1, "accuracy": true}', '{"episode": -1, "accuracy": 5}', '{"episode": 0, "accuracy": 6}'])
+def test_results_that_cannot_be(line, tmp_path):
+    """No number, no episode, or an episode that an earlier line has otherwise."""
+    part = tmp_path / "x.part0.jsonl"
+    part.write_text(json.dumps({"recipe": {}}) + '\n{"episode": 0, "accuracy": 5}\n' + line + "\n")
+    with pytest.raises(train.UsageError, match=re.escape(f"{part}, line 3, is damaged")):
+        train.Results(tmp_path / "x", {"recipe": {}})
+
+
+def test_nothing_is_kept_of_episodes_that_cannot_be_drawn(tmp_path, capsys):
+    refused(capsys, ["--dataset", draw_pictures(tmp_path / "p", 2, 2), "--weights", TOY_CLIP, "--out", tmp_path / "out"], "way")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dataset_named_twice_is_one():
+    assert train.parse(["--dataset", "toy", "toy"]).method == train.parse(["--dataset", "toy"]).method == ["zero-shot", "atha"]
+
+
+def test_one_episode_has_no_interval():
+    assert train.in_short([50.0]) == "50.00" and train.in_short([50.0, 70.0]) == "60.00 ± 13.86"
+
+
+def test_what_is_saved_goes_where_a_link_leads(tmp_path, capsys):
+    """And what is said of it cannot steer a terminal."""
+    (tmp_path / "old").write_text("old")
+    (tmp_path / "link\x1b[31m").symlink_to(tmp_path / "old")
+    argv = ["--fit", draw_pictures(tmp_path / "p", 2, 2), "--weights", TOY_CLIP, "--steps", 1, "--save"]
+    assert train.main([*map(str, argv), str(tmp_path / "link\x1b[31m")]) == 0
+    assert (tmp_path / "link\x1b[31m").is_symlink() and (tmp_path / "old").stat().st_size > 1000
+    assert "\\x1b[31m" in capsys.readouterr().out
+
+
+def test_what_is_left_out_is_told(tmp_path, capsys):
+    root = draw_pictures(tmp_path / "p", 2, 2)
+    (root / "gone").symlink_to("nowhere")
+    (root / "circle" / "deeper").mkdir()
+    data.load(str(root))
+    assert "left out, not right in a class folder: gone, circle/deeper\n" in capsys.readouterr().err
+
+
+def test_a_split_of_own_pictures_is_told(tmp_path, capsys):
+    for part in ("train", "test"):
+        draw_pictures(tmp_path / "p" / part, 2, 2)
+    assert train.main(["--fit", str(tmp_path / "p"), "--weights", str(TOY_CLIP), "--steps", "1", "--save", str(tmp_path / "s")]) == 0
+    assert "training part are used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, word", [('{"circle": "a", "circle": "b"}', "one JSON object"), ('{"circle": " "}', "' ' has no word")])
+def test_names_that_say_nothing(text, word, tmp_path, capsys):
+    (tmp_path / "names").write_text(text)
+    argv = ["--fit", draw_pictures(tmp_path / "p", 2, 2), "--weights", TOY_CLIP, "--names", tmp_path / "names", "--save", tmp_path / "s"]
+    refused(capsys, argv, word)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 70000)])
+def test_pictures_of_unknown_brightness(mode, value, tmp_path):
+    Image.new(mode, (8, 8), value).save(tmp_path / "x.tif")
+    with pytest.raises(data.DataError, match="how bright"):
+        data.decode(tmp_path / "x.tif", 8)
+
+
+def test_weights_that_may_not_be_opened_are_not_called_missing(tmp_path, monkeypatch, capsys):
+    def shut(path, mode="r", *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(Path, "open", shut)
+    with pytest.raises(clip_min.WeightsError, match="Permission denied"):
+        clip_min.load(TOY_CLIP)
+
+
+def test_damaged_configs_are_called_so(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
+    (tmp_path / "model.safetensors").symlink_to(TOY_CLIP)
+    with pytest.raises(clip_min.WeightsError, match="damaged, or not of a kind that is read here"):
+        clip_min.load(tmp_path)
