@@ -44,7 +44,8 @@ class LoRA(nn.Module):
         super().__init__()
         self.linear, self.dropout, self.scaling = linear.requires_grad_(False), dropout, alpha / sqrt(rank)
         bound = linear.in_features ** -0.5                                # Kaiming uniform with a = sqrt(5)
-        # both transposed, as autograd's products give the gradients: else each would be copied in every step
+        # A (E, rank, in), B (E, out, rank), but in memory the other way round, as backward gives their
+        # gradients: else each would be copied in every step
         first = torch.empty(episodes, linear.in_features, rank, device=linear.weight.device)
         self.A = nn.Parameter(first.uniform_(-bound, bound).mT)
         self.B = nn.Parameter(first.new_zeros(episodes, rank, linear.out_features).mT)
@@ -525,17 +526,18 @@ class RA(ExtraLoss):
             self.begun = step.number
             shape = 2, len(step.rows), step.total, step.features.shape[-1]
             self.shown, self.plain = step.features.new_zeros(shape)
-        # each picks the episode and step.rows the picture, wherever the batch has it
+        # shown[each, rows] is shown[e, rows[e]] of every episode e
         each = torch.arange(len(step.rows), device=step.rows.device)[:, None]
         plain_rows = step.rows[:, : step.plain.shape[1]]
         relation = step.features @ step.plain.mT                          # A_v (E, B, K)
+        # the same cosines when each was last shown, read before they are written over
         last = self.shown[each, step.rows] @ self.plain[each, plain_rows].mT
         self.shown[each, step.rows] = step.features.detach()
         self.plain[each, plain_rows] = step.plain.detach()
         if (step.number - self.begun) * step.rows.shape[1] < step.total:  # some have not been seen before
             return 0.0
         of_class = (step.text @ step.text.mT).detach()                    # (E, N, N)
-        # A_t: the texts of the two pictures' classes
+        # A_t: of_text[e, m, n] = of_class[e, label of m, label of n]
         of_text = of_class[each[..., None], step.labels[..., None], step.plain_labels[:, None]]    # (E, B, K)
         c = 1 - progress
         return self.recipe.ra_weight * ra_loss(relation, c * last + (1 - c) * of_text, self.recipe.ra)

@@ -379,7 +379,8 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> Learner with .losses
     (steps, E) and .logits. method: as on the command line. recipe: a Recipe, or a name as there, for M / N
     shots. batches(number): a step's pictures (E, B, 3, S, S) and labels (E, B), the same when asked again;
-    without, all. Chance: seeds (one an episode) draw first values and SVL's picks; or give lora_A
+    without it every step sees the whole support set. What follows is for tests and memory, not for a first
+    reading. Chance: seeds (one an episode) draw first values and SVL's picks; or give lora_A (B starts at 0)
     {module name: (rank, in) or (E, rank, in)} and picks (steps, N) or (steps, E, N), rows of the pictures.
     Dropout uses torch's own.
     chunk: pictures an episode held for backward at once, 0 for all; the result is that of the full batch.
@@ -402,7 +403,7 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     losses, text = [], None
     for number in range(recipe.steps):
         images, wanted = batches(number)                                             # (E, B, 3, S, S), (E, B)
-        plain, plain_labels = images[:, :0], wanted[:, :0]
+        plain, plain_labels = images[:, :0], wanted[:, :0]                           # none: an empty tensor
         if any(part.wants_plain(number) for part in learner.parts):
             plain, plain_labels = batches.plain(number)                              # (E, K, 3, S, S), (E, K)
         if text is None or learner.learns_text:     # class texts change only where the text tower learns
@@ -411,8 +412,8 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
         inputs = torch.cat([images, plain], 1) if plain.shape[1] else images
         features = learner.features(inputs, learner.hook(token_text), chunk)         # (E, B + K, embed)
         features, plain_features = features.split([images.shape[1], plain.shape[1]], 1)
-        logits = recipe.scale * features @ text.mT                                   # (E, B, N)
-        loss = F.cross_entropy(logits.mT, wanted, reduction="none").mean(1)          # (E,)
+        logits = recipe.scale * features @ text.mT       # cosines, as both are of unit length: (E, B, N)
+        loss = F.cross_entropy(logits.mT, wanted, reduction="none").mean(1)          # of (E, N, B): (E,)
         step = Step(number, features=features, labels=wanted, logits=logits, text=text, plain=plain_features,
                     plain_labels=plain_labels, rows=batches.rows(number), total=batches.shown)
         for part in learner.parts:
