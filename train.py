@@ -1498,6 +1498,7 @@ def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data.CACHE / "compiled"))       # not /tmp
     args.compile = bool(args.compile and compile_works(device))
     torch.backends.cudnn.allow_tf32 = False                      # float32 means float32
+    torch.set_flush_denormal(True)         # gradients below 1e-38 are 0: CPUs compute with them far slower
     weights = args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
     if (saved := args.predict or args.export) and not weights:
         weights = read_saved(saved[0])[1]["place"]
