@@ -513,34 +513,41 @@ class RA(ExtraLoss):
     so RA begins with the second pass; in a full batch that is the step before.
     """
     names = {"svl": set(), "ra-only": set()}
-    shown = plain = None     # (E, total, embed): features of every picture as last seen, augmented and plain
+    memory = None     # twice (E, total, embed): every picture's features as last seen, augmented and plain
 
     def wants_plain(self, number):
         return self.progress(number) is not None
 
     def loss(self, step):
         progress = self.progress(step.number)
-        if progress is None:
+        last = None if progress is None else self.last_relation(step)
+        if last is None:
             return 0.0
-        if self.shown is None:
-            self.begun = step.number
-            shape = 2, len(step.rows), step.total, step.features.shape[-1]
-            self.shown, self.plain = step.features.new_zeros(shape)
-        # shown[each, rows] is shown[e, rows[e]] of every episode e
-        each = torch.arange(len(step.rows), device=step.rows.device)[:, None]
-        plain_rows = step.rows[:, : step.plain.shape[1]]
-        relation = step.features @ step.plain.mT                          # A_v (E, B, K)
-        # the same cosines when each was last shown, read before they are written over
-        last = self.shown[each, step.rows] @ self.plain[each, plain_rows].mT
-        self.shown[each, step.rows] = step.features.detach()
-        self.plain[each, plain_rows] = step.plain.detach()
-        if (step.number - self.begun) * step.rows.shape[1] < step.total:  # some have not been seen before
-            return 0.0
-        of_class = (step.text @ step.text.mT).detach()                    # (E, N, N)
-        # A_t: of_text[e, m, n] = of_class[e, label of m, label of n]
-        of_text = of_class[each[..., None], step.labels[..., None], step.plain_labels[:, None]]    # (E, B, K)
         c = 1 - progress
+        relation = step.features @ step.plain.mT                          # A_v (E, B, K)
+        classes_agree = (step.text @ step.text.mT).detach()               # (E, N, N)
+        # A_t[e, m, n] = classes_agree[e, label of m, label of n]
+        each = torch.arange(len(classes_agree), device=classes_agree.device)[:, None, None]
+        of_text = classes_agree[each, step.labels[..., None], step.plain_labels[:, None]]          # (E, B, K)
         return self.recipe.ra_weight * ra_loss(relation, c * last + (1 - c) * of_text, self.recipe.ra)
+
+    def last_relation(self, step: Step) -> Tensor | None:
+        """A_v (E, B, K) of the step's pictures when each was last seen; None until all have been.
+
+        Keeps what is seen now for the next time.
+        """
+        if self.memory is None:
+            self.begun = step.number
+            shape = len(step.rows), step.total, step.features.shape[-1]
+            self.memory = step.features.new_zeros(shape), step.features.new_zeros(shape)
+        # augmented[each, rows] is augmented[e, rows[e]] of every episode e
+        each = torch.arange(len(step.rows), device=step.rows.device)[:, None]
+        (augmented, plain), plain_rows = self.memory, step.rows[:, : step.plain.shape[1]]
+        last = augmented[each, step.rows] @ plain[each, plain_rows].mT
+        augmented[each, step.rows] = step.features.detach()
+        plain[each, plain_rows] = step.plain.detach()
+        all_seen = (step.number - self.begun) * step.rows.shape[1] >= step.total
+        return last if all_seen else None
 
 
 class LV(ExtraLoss):
@@ -668,27 +675,31 @@ def probe_table(rows: list[dict], whole: dict, episodes: int) -> str:
 
 
 def draw_patches(target: str, images: Tensor, masks: list[Tensor], side: int, said: list[str],
-                 legend: str) -> None:
-    """PNG of pictures (n, 3, S, S) uint8, each with a line of text; beside each its head and tail patches.
+                 titles: list[str]) -> None:
+    """PNG of pictures (n, 3, S, S) uint8, a row each under a line of text; beside each its patches, tinted.
 
-    masks: for every panel its head and tail (n, 2, L), the last side * side of L being the patches; head is
-    tinted orange, tail blue.
+    masks: for every further panel its head and tail (n, 2, L), the last side * side of L being the patches;
+    head is tinted orange, tail blue. titles: one a panel.
     """
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
-    size, gap = 144, torch.full((3, 144, 4), 255, dtype=torch.uint8)
+    size, gap = 112, 4                                                               # pixels
+    width = (size + gap) * len(titles) - gap
 
-    def caption(text: str) -> Tensor:
-        strip = torch.full((3, 24, (size + 4) * (1 + len(masks)) - 4), 255, dtype=torch.uint8)
-        return draw_bounding_boxes(strip, torch.zeros(1, 4), [text], colors="white", label_colors="black")
-    rows, images = [caption(legend)], F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    def line(texts: list[str]) -> Tensor:
+        """White strip (3, 22, width) with a text over each panel, or one over all."""
+        strip = torch.full((3, 22, width), 255, dtype=torch.uint8)
+        places = torch.tensor([[i * (size + gap), 0, width, 1] for i in range(len(texts))])
+        return draw_bounding_boxes(strip, places, texts, colors="white", label_colors="black")
+    rows, images = [line(titles)], F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    white = torch.full((3, size, gap), 255, dtype=torch.uint8)
     for i, text in enumerate(said):
         panels = [images[i]]
         for mask in masks:
             patches = mask[i, :, -side * side:].view(1, 2, side, side).byte().cpu()
             tinted = F.interpolate(patches, (size, size))[0].bool()                  # (2, size, size)
             colours = ["#ff8c00", "#006eff"]
-            panels += [gap, draw_segmentation_masks(images[i], tinted, alpha=0.5, colors=colours)]
-        rows += [torch.cat(panels, 2), caption(text)]
+            panels += [white, draw_segmentation_masks(images[i], tinted, alpha=0.5, colors=colours)]
+        rows += [line([text]), torch.cat(panels, 2)]
     save_image(torch.cat(rows, 1) / 255, target)
 
 
@@ -703,4 +714,4 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return F.dropout(x, p, training)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
     kept = bits[: x.numel()].view(x.shape).ge_(round(p * 2 ** 16) - 2 ** 15)      # 1 or 0
-    return x * kept / (1 - p)
+    return (x * kept).div_(1 - p)

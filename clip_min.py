@@ -214,12 +214,14 @@ class MLP(nn.Module):
         self.c_fc, self.c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.f, self.a = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor) -> Tensor:                                           # (…, D) -> (…, D)
-        """c_proj(activation(c_fc(x))); a and 1 / a ride on the products: fewer passes over (…, 4D)."""
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:                         # both (…, D)
+        """residual + c_proj(activation(c_fc(x)))."""
         if {type(self.c_fc), type(self.c_proj)} != {nn.Linear}:                       # an adapter is there
-            return self.c_proj(self.f(self.a * self.c_fc(x)) / self.a)
+            return residual + self.c_proj(self.f(self.a * self.c_fc(x)) / self.a)
+        # The same, but a rides on the first product and 1 / a on the sum: two passes less over (…, 4D)
         y = torch.addmm(self.a * self.c_fc.bias, x.flatten(0, -2), self.c_fc.weight.T, alpha=self.a)
-        return torch.addmm(self.c_proj.bias, self.f(y), self.c_proj.weight.T, alpha=1 / self.a).view_as(x)
+        y = torch.addmm(self.a * self.c_proj.bias, self.f(y), self.c_proj.weight.T)
+        return torch.add(residual, y.view_as(x), alpha=1 / self.a)
 
 
 class Block(nn.Module):
@@ -233,7 +235,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                                       # (B, T, D) -> (B, rows, D)
         y = self.ln_1(x)
         x = x[:, self.rows] + self.attn(y[:, self.rows], y)
-        return x + self.mlp(self.ln_2(x))
+        return self.mlp(self.ln_2(x), residual=x)
 
 
 class Transformer(nn.Module):
@@ -259,7 +261,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                              # (B, T, D) -> (B, D)
         x = self.attn(self.query.expand(len(x), 1, -1), x)[:, 0]
-        return x + self.mlp(self.ln_2(x))
+        return self.mlp(self.ln_2(x), residual=x)
 
 
 class VisionTransformer(nn.Module):

@@ -264,6 +264,7 @@ class Learner(nn.Module):
         super().__init__()
         on = parts_of(method, recipe.tune)
         self.recipe, self.backbone = extended(recipe, on), share_weights(backbone)
+        self.methods = "+".join(part.__name__ for part in on)
         self.token_ids = backbone.trim(token_ids)
         try:
             self.parts = nn.ModuleList(part(self.backbone, self.token_ids, self.recipe, sides)
@@ -282,33 +283,43 @@ class Learner(nn.Module):
         return {name: p.detach().contiguous() for name, p in self.named_parameters() if name in self.names}
 
     def text(self) -> tuple[Tensor, Tensor]:
-        """Class texts (E, N, embed): of unit length for logits; for tokens, of text_block, as they come."""
-        ids, early = self.token_ids.flatten(0, 1), {}                    # ids: (E*N, T)
+        """Class texts (E, N, embed), twice: of unit length, for logits; as they come, for the vision hooks.
+
+        Those for the hooks are read off the recipe's text_block, which is the last but in the releases.
+        """
+        ids, block_outputs = self.token_ids.flatten(0, 1), {}            # ids: (E*N, T)
         block = self.recipe.text_block * self.backbone.config.text_layers // 12            # negative: last
 
-        def hook(x: Tensor, layer: int) -> Tensor:                       # x: (E*N, T, D)
-            if layer and layer == block + 1:     # the releases take the tokens' texts off an earlier block
-                early[block] = x
+        def before_block(x: Tensor, layer: int) -> Tensor:               # x: (E*N, T, D)
+            block_outputs[layer - 1] = x
             for part in self.parts:
                 x = fitting(part, "text_hook", part.text_hook(x, layer), like=x)
             return x
-        final = self.backbone.encode_text(ids, hook)
-        token_text = self.backbone.read_text(early[block], ids) if block in early else final
-        final, token_text = (text.unflatten(0, self.token_ids.shape[:2]) for text in (final, token_text))
-        return F.normalize(final.float(), dim=-1), token_text
+        last = self.backbone.encode_text(ids, before_block)
+        early = block >= 0 and block in block_outputs
+        for_hooks = self.backbone.read_text(block_outputs[block], ids) if early else last
+        last, for_hooks = (text.unflatten(0, self.token_ids.shape[:2]) for text in (last, for_hooks))
+        return F.normalize(last.float(), dim=-1), for_hooks
 
-    def hook(self, token_text: Tensor, probe: Hook | None = None) -> Hook:
+    def hook(self, hook_text: Tensor, probe: Hook | None = None) -> Hook:
         """All vision hooks as one, for class texts (E, N, embed); a probe sees the tokens first."""
-        hooks = [(part, one) for part in self.parts if (one := part.vision_hook(token_text))]
+        hooks = [(part, one) for part in self.parts if (one := part.vision_hook(hook_text))]
 
-        def hook(tokens: Tensor, layer: int) -> Tensor:
+        def all_in_turn(tokens: Tensor, layer: int) -> Tensor:
             tokens = probe(tokens, layer) if probe else tokens
             for part, one in hooks:
                 tokens = fitting(part, "vision_hook", one(tokens, layer), like=tokens)
             return tokens
+        enclosed = all_in_turn
         for part in self.parts:
-            hook = part.enclose(hook)
-        return hook
+            enclosed = part.enclose(enclosed)
+        return enclosed
+
+    def with_extra_losses(self, loss: Tensor, step: Step) -> Tensor:
+        """A loss (E,) and what the parts add to it."""
+        for part in self.parts:
+            loss = loss + fitting(part, "loss", part.loss(step), like=loss)
+        return loss
 
     def prepare(self, images: Tensor) -> Tensor:
         """Pictures (..., 3, S, S) uint8 -> (..., 3, size, size) normalised for this backbone and recipe."""
@@ -317,18 +328,18 @@ class Learner(nn.Module):
 
     def features(self, images: Tensor, hook: Hook, chunk: int = 0) -> Tensor:
         """(E, B, 3, S, S) -> unit features (E, B, embed) float32; backward keeps `chunk` an episode."""
-        def encode(part: Tensor) -> Tensor:
-            return self.backbone.visual(part.flatten(0, 1), hook).unflatten(0, part.shape[:2])
+        def encode(some: Tensor) -> Tensor:
+            return self.backbone.visual(some.flatten(0, 1), hook).unflatten(0, some.shape[:2])
         if not chunk or chunk >= images.shape[1]:
             return F.normalize(encode(images).float(), dim=-1)
-        parts = [checkpoint(encode, part, use_reentrant=False) for part in images.split(chunk, 1)]
-        return F.normalize(torch.cat(parts, 1).float(), dim=-1)
+        chunks = [checkpoint(encode, some, use_reentrant=False) for some in images.split(chunk, 1)]
+        return F.normalize(torch.cat(chunks, 1).float(), dim=-1)
 
     @cached_property
     def text_and_hook(self) -> tuple[Tensor, Hook]:
         """Class texts of unit length and the hook, once nothing is learned any more."""
-        text, token_text = self.eval().text()
-        return text, self.hook(token_text)
+        text, hook_text = self.text()
+        return text, self.hook(hook_text)
 
     @torch.no_grad()
     def logits(self, images: Tensor, chunk: int = 25) -> Tensor:
@@ -337,8 +348,12 @@ class Learner(nn.Module):
         return self.recipe.scale * self.features(images, hook, chunk) @ text.mT
 
 
-class Steps:
-    """What the steps see of a support set (E, M, 3, S, S): all, or what `batches(number)` gives."""
+class GivenBatches:
+    """What `adapt` asks of data.Batches, for a support set (E, M, 3, S, S) that is at hand.
+
+    Every step sees all of it, or what `batches(number)` gives: by then the same pictures in the same order,
+    as RA compares each with itself.
+    """
 
     def __init__(self, support: Tensor, labels: Tensor, batches: Callable | None):
         self.batches, self.plain = batches, lambda number: (support, labels)
@@ -354,15 +369,27 @@ class Steps:
 
 
 def optimizers_of(learner: Learner) -> tuple[list, list]:
-    """AdamW and SGD over what the parts learn, and AdamW's cosine schedule; each list holds what there is."""
-    r, groups = learner.recipe, {"adamw": [], "sgd": []}
-    saved = {id(learner.get_parameter(name)) for name in learner.names}
-    for part, (kind, parameters, lr) in ((part, group) for part in learner.parts for group in part.groups()):
-        parameters = list(parameters)
-        if kind not in groups or not saved.issuperset(map(id, parameters)):
-            raise UsageError(f"{type(part).__name__}.groups takes adamw or sgd, and parameters of the part "
-                             "that its __init__ made, as no others are saved")
-        groups[kind].append({"params": parameters, "lr": lr})
+    """AdamW and SGD over what the parts learn, and AdamW's cosine schedule; each list holds what there is.
+
+    Raises UsageError for a part (it may be the user's own) whose parameters would not be learned as it means.
+    """
+    r, groups, grouped = learner.recipe, {"adamw": [], "sgd": []}, set()
+    learned = {id(learner.get_parameter(name)): name for name in learner.names}
+    for part in learner.parts:
+        for kind, parameters, lr in part.groups():
+            parameters = list(parameters)
+            if kind not in groups or not learned.keys() >= {*map(id, parameters)}:
+                raise UsageError(f"{type(part).__name__}.groups takes adamw or sgd, and parameters of the "
+                                 "part that its __init__ made, as no others are saved")
+            groups[kind].append({"params": parameters, "lr": lr})
+            grouped |= {*map(id, parameters)}
+    for one, name in learned.items():
+        shape, episodes = list(learner.get_parameter(name).shape), len(learner.token_ids)
+        if one not in grouped:
+            raise UsageError(f"{learner.methods}: {name} is in no group, so nothing would learn it")
+        if shape[:1] != [episodes]:      # one for all episodes would let them learn from each other
+            raise UsageError(f"{learner.methods}: {name} has shape {shape}, but its first dimension is the "
+                             f"episodes', {episodes}")
     adamw = groups["adamw"] and [torch.optim.AdamW(groups["adamw"], weight_decay=r.weight_decay, fused=True)]
     # momentum and decay are the released trainer's, and CoOp's and MaPLe's
     sgd = groups["sgd"] and [torch.optim.SGD(groups["sgd"], momentum=0.9, weight_decay=5e-4)]
@@ -376,21 +403,22 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
           picks: Tensor | None = None, chunk: int = 0, compile: bool = False) -> Learner:
     """Fine-tune E episodes in one batch, each as it would go alone, but for dropout; clip stays as it was.
 
-    support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> Learner with .losses
-    (steps, E) and .logits. method: as on the command line. recipe: a Recipe, or a name as there, for M / N
-    shots. batches(number): a step's pictures (E, B, 3, S, S) and labels (E, B), the same when asked again;
-    without it every step sees the whole support set. What follows is for tests and memory, not for a first
-    reading. Chance: seeds (one an episode) draw first values and SVL's picks; or give lora_A (B starts at 0)
-    {module name: (rank, in) or (E, rank, in)} and picks (steps, N) or (steps, E, N), rows of the pictures.
-    Dropout uses torch's own.
-    chunk: pictures an episode held for backward at once, 0 for all; the result is that of the full batch.
+    support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> a frozen Learner, with
+    .losses (steps, E) and .logits. method: as on the command line. recipe: a Recipe, or a name as there,
+    which takes M / N for the shot. seeds: one an episode, of all that is drawn but dropout, which is torch's.
+    batches(number): the pictures (E, B, 3, S, S) and labels (E, B) of a step, the same when asked again;
+    without it every step sees the whole support set.
+
+    To replay a recording: lora_A {module name: (rank, in) or (E, rank, in)}, LoRA's first A (B starts at 0),
+    and picks (steps, N) or (steps, E, N), the rows of a step's pictures that SVL draws. To save memory:
+    chunk, pictures of an episode held for backward at once, 0 for all; the result is that of all.
     """
     if isinstance(recipe, str):
         recipe = recipe_for(recipe, method, shot=support.shape[1] // token_ids.shape[1])
     learner = Learner(clip, token_ids, method, recipe)
     if not learner.parts:
-        return learner
-    batches = batches if isinstance(batches, Batches) else Steps(support, labels, batches)
+        return learner.eval()
+    batches = batches if isinstance(batches, Batches) else GivenBatches(support, labels, batches)
     generators = [generator("learner", seed) for seed in (range(len(token_ids)) if seeds is None else seeds)]
     for part in learner.parts:
         part.draw(generators, batches.rows(0).shape[1], {"lora_A": lora_A, "picks": picks})
@@ -408,16 +436,15 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
             plain, plain_labels = batches.plain(number)                              # (E, K, 3, S, S), (E, K)
         if text is None or learner.learns_text:     # class texts change only where the text tower learns
             with torch.set_grad_enabled(learner.learns_text):
-                text, token_text = learner.text()                                    # (E, N, embed)
+                text, hook_text = learner.text()                                     # (E, N, embed)
         inputs = torch.cat([images, plain], 1) if plain.shape[1] else images
-        features = learner.features(inputs, learner.hook(token_text), chunk)         # (E, B + K, embed)
+        features = learner.features(inputs, learner.hook(hook_text), chunk)          # (E, B + K, embed)
         features, plain_features = features.split([images.shape[1], plain.shape[1]], 1)
         logits = recipe.scale * features @ text.mT       # cosines, as both are of unit length: (E, B, N)
         loss = F.cross_entropy(logits.mT, wanted, reduction="none").mean(1)          # of (E, N, B): (E,)
         step = Step(number, features=features, labels=wanted, logits=logits, text=text, plain=plain_features,
                     plain_labels=plain_labels, rows=batches.rows(number), total=batches.shown)
-        for part in learner.parts:
-            loss = loss + fitting(part, "loss", part.loss(step), like=loss)
+        loss = learner.with_extra_losses(loss, step)
         loss.sum().backward()        # a mean would make an episode's steps depend on how many there are
         for optimizer in optimizers:
             optimizer.step()
@@ -426,7 +453,7 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
             schedule.step()
         losses.append(loss.detach())
     learner.losses = torch.stack(losses)
-    return learner.requires_grad_(False)
+    return learner.requires_grad_(False).eval()
 
 
 # ----------------------------------------------------------------------------------------- memory, processes
@@ -1202,9 +1229,9 @@ def merge(backbone: CLIP) -> None:
 def export(args: Namespace, learner: Learner) -> int:
     """Write a folder for others' libraries: the model with LoRA merged, or LoRA alone; and class texts."""
     (saved, target), r, c = map(Path, args.export), learner.recipe, learner.backbone.config
-    text, token_text = learner.text_and_hook[0][0], learner.text()[1]    # text: (N, embed), of unit length
+    text, hook_text = learner.text_and_hook[0][0], learner.text()[1]    # text: (N, embed), of unit length
     if inside := [type(part).__name__ for part in learner.parts
-                  if part.vision_hook(token_text) or type(part).enclose is not Part.enclose]:
+                  if part.vision_hook(hook_text) or type(part).enclose is not Part.enclose]:
         raise UsageError(f"{saved}: {' and '.join(inside)} acts between the blocks of a tower, as no weights "
                          "can: classify with --predict, or fit with clip-lora, svl or coop")
     if os.path.lexists(target):
@@ -1254,9 +1281,9 @@ def look(args: Namespace, job: Job, dataset: str, shot: int) -> None:
     images = tuned.prepare(job.pictures(torch.stack([task.query for task in tasks])))
     images, seen = images.expand(len(tasks), -1, -1, -1, -1), []
     for learner in (Learner(job.backbone, tuned.token_ids, "zero-shot", job.recipe), tuned):
-        text, token_text = learner.eval().text()
-        probe = Probe(token_text, job.backbone.visual, job.recipe)
-        seen.append((probe, learner.features(images, learner.hook(token_text, probe)), text))
+        text, hook_text = learner.eval().text()
+        probe = Probe(hook_text, job.backbone.visual, job.recipe)
+        seen.append((probe, learner.features(images, learner.hook(hook_text, probe)), text))
     probes, features, texts = zip(*seen)
     if args.probe:
         rows, whole = compare(*probes), {"cka_features": linear_cka(*features).mean().item()}
@@ -1285,13 +1312,12 @@ def draw_first(args: Namespace, job: Job, task: Task, probes: Sequence[Probe],
     names = [job.pool.classes[label].replace("_", " ") for label in task.classes]
     order = sorted(range(len(truth)), key=lambda i: before[i] == after[i])           # changed ones first
     some = [next(i for i in order if truth[i] == label) for label in sorted({*truth})]
-    said = [f"true: {names[truth[i]]}; zero-shot: {names[before[i]]}; tuned: {names[after[i]]}" for i in some]
+    said = [f"{names[truth[i]]}: zero-shot says {names[before[i]]}, tuned {names[after[i]]}" for i in some]
     block = job.recipe.alpha_block * c.vision_layers // 12 if args.draw_block is None else args.draw_block
-    legend = f"orange: head, blue: tail, before block {block}; picture, zero-shot, tuned"
     masks = [probe.masks[block][some] for probe in probes]
     with replacing(Path(args.draw)) as part:
         draw_patches(str(part), job.pool.images[task.query[some]], masks,
-                     side=c.image // c.patch, said=said, legend=legend)
+                     side=c.image // c.patch, said=said, titles=["picture", "zero-shot", "tuned"])
     print(f"drew {args.draw}")
 
 

@@ -151,13 +151,13 @@ def tokens_seen(probe: Probe, pull: int, weigh: int, episode: int) -> dict[str, 
 def measure(job: train.Job, learner: train.Learner, tasks: list[data.Task], seeds: list[tuple],
             source: Tensor | None = None) -> list[dict]:
     """What the claims compare beside accuracies, in each episode of a learner. source (n, 3, S, S) uint8."""
-    r, visual, (text, token_text) = job.recipe, learner.backbone.visual, learner.eval().text()
+    r, visual, (text, hook_text) = job.recipe, learner.backbone.visual, learner.eval().text()
     layers = learner.backbone.config.vision_layers
     pull, *weigh = (block * layers // 12 for block in (r.alpha_block, *r.tir_blocks))
-    probe, mask = Probe(token_text, visual, r), mask_sinks(token_text, visual, blocks=weigh, top=r.tir_top)
+    probe, mask = Probe(hook_text, visual, r), mask_sinks(hook_text, visual, blocks=weigh, top=r.tir_top)
     queries = learner.prepare(job.pictures(torch.stack([task.query for task in tasks])))
     queries = queries.expand(len(tasks), -1, -1, -1, -1)                 # (E, Q, 3, S, S)
-    features = learner.features(queries, learner.hook(token_text, probe))                      # (E, Q, embed)
+    features = learner.features(queries, learner.hook(hook_text, probe))                      # (E, Q, embed)
     records = [{"domain": None, "domain_masked": None, **tokens_seen(probe, pull, weigh[0], e),
                 "gap_shift": gap_shift(f, t, task.truth.to(f.device), scale=r.scale).item()}
                for e, (f, t, task) in enumerate(zip(features, text, tasks))]
@@ -166,7 +166,7 @@ def measure(job: train.Job, learner: train.Learner, tasks: list[data.Task], seed
         rows = torch.stack(order)[:, : queries.shape[1]]
         pictures = learner.prepare(source[rows].to(text.device))          # (E, Q, 3, S, S)
         for name, before in (("domain", None), ("domain_masked", mask)):
-            hook = learner.hook(token_text, before)
+            hook = learner.hook(hook_text, before)
             theirs, ours = (learner.features(images, hook) for images in (pictures, queries))
             for seed, record, x, y in zip(seeds, records, theirs, ours):
                 record[name] = domain_similarity(x, y, data.generator("pairings", *seed)).item()

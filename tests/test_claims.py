@@ -128,7 +128,7 @@ def test_a_pull_is_not_counted_as_learning(looked):
 
 def test_what_is_measured_is_what_the_formulas_say(looked):
     learner, tasks, records = looked("tir", steps=2, tir_top=0.5)
-    visual, (text, token_text) = learner.backbone.visual, learner.text()
+    visual, (text, hook_text) = learner.backbone.visual, learner.text()
     for e, (task, record) in enumerate(zip(tasks, records)):
         seen = {}
 
@@ -138,12 +138,12 @@ def test_what_is_measured_is_what_the_formulas_say(looked):
 
         def features(pictures, probe=None):
             images = learner.prepare(pictures)[None].expand(2, -1, -1, -1, -1)
-            return learner.features(images, learner.hook(token_text, probe))[e]
+            return learner.features(images, learner.hook(hook_text, probe))[e]
         f = features(toy_pool().images[task.query], keep)
-        cosine = atha.cosines(seen[2], atha.text_to_tokens(token_text[e], visual.proj)).max(-1).values
+        cosine = atha.cosines(seen[2], atha.text_to_tokens(hook_text[e], visual.proj)).max(-1).values
         assert record["similarity"] == pytest.approx(cosine.mean().item(), rel=1e-4)
         assert record["head"] > record["similarity"] > record["tail"]
-        sinks = atha.tir_marks(seen[2], token_text[e], visual.ln_post, visual.proj, top=0.5).sum(-1) == 5
+        sinks = atha.tir_marks(seen[2], hook_text[e], visual.ln_post, visual.proj, top=0.5).sum(-1) == 5
         long, others = seen[2].norm(dim=-1)[sinks].mean().item(), seen[2].norm(dim=-1)[~sinks].mean().item()
         assert sinks.any() and record["sink_share"] == pytest.approx(sinks.float().mean().item())
         assert record["sink_norm"] == pytest.approx(long, rel=1e-4)

@@ -27,7 +27,7 @@ def test_probe_tells_what_changed_and_draw_shows_it(tmp_path, capsys):
     assert blocks[2]["head_after"] == pytest.approx(blocks[2]["head_before"], abs=0.05), "seen before the pull"
     assert blocks[3]["head_after"] > blocks[3]["head_before"] + 0.1, "pulled towards the class texts"
     picture = pil_to_tensor(pil_loader(str(tmp_path / "look.png"))).float()
-    panels = picture[:, 24:168, :].split(148, 2)                          # picture, before, after of the first query
+    panels = picture[:, 44:156, :].split(116, 2)                          # picture, before, after of the first query
     colour = [(panel[0] - panel[2]).abs().gt(40).float().mean().item() for panel in panels]
     assert colour[0] == 0 and all(0.05 < share < 0.3 for share in colour[1:]), "a sixth of the patches is tinted, the picture is not"
 
@@ -62,7 +62,7 @@ def test_what_cannot_be_written_whole_is_not_there(flags, tmp_path, capsys):
 
 def test_head_is_orange_and_tail_blue_where_they_are(tmp_path):
     head, tail = (torch.arange(5)[None] == i for i in (1, 4))            # a copied [CLS], then 2 x 2 patches
-    atha.draw_patches(str(tmp_path / "x.png"), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [torch.stack([head, tail], 1)], 2, ["said"], "legend")
-    panel = pil_to_tensor(pil_loader(str(tmp_path / "x.png")))[:, 24:168, 148:]
-    seen = [panel[:, i, i].tolist() for i in (30, 110)]
-    assert seen == [pytest.approx([128, 70, 0], abs=1), pytest.approx([0, 55, 128], abs=1)] and panel[:, 30, 110].sum() == 0
+    atha.draw_patches(str(tmp_path / "x.png"), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [torch.stack([head, tail], 1)], 2, ["said"], ["picture", "patches"])
+    panel = pil_to_tensor(pil_loader(str(tmp_path / "x.png")))[:, 44:156, 116:]
+    seen = [panel[:, i, i].tolist() for i in (24, 85)]
+    assert seen == [pytest.approx([128, 70, 0], abs=1), pytest.approx([0, 55, 128], abs=1)] and panel[:, 24, 85].sum() == 0

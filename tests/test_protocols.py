@@ -132,6 +132,23 @@ def test_what_a_method_of_ones_own_gives_back_must_fit(method, made, words, caps
     refused(capsys, [*TOY, "--method", "mine.py:Mine"], words)
 
 
+INIT = """
+    def __init__(self, *how):
+        super().__init__(*how)
+        self.weight = torch.nn.Parameter(torch.zeros({}))
+"""
+
+
+@pytest.mark.parametrize("shape, groups, words", [
+    ("1", "[('adamw', [self.weight], 1e-3)]", "parts.1.weight has shape [1], but its first dimension is the episodes', 2"),
+    ("2, 3", "[]", "parts.1.weight is in no group")])
+def test_what_a_method_of_ones_own_learns_is_one_an_episode_and_learned(shape, groups, words, capsys):
+    """Shared by the episodes, it would let them learn from each other; in no group, it would stay as it is."""
+    Path("mine.py").write_text(PART.format("groups(self)", groups) + INIT.format(shape))
+    train.own_part.cache_clear()
+    refused(capsys, [*TOY, "--method", "mine.py:Mine", "--episodes", "2", "--steps", "1"], words)
+
+
 @pytest.mark.parametrize("method, made", [
     ("loss(self, step)", "0.5"), ("loss(self, step)", "step.logits.logsumexp(-1).mean(1)"), (HOOK, "lambda x, layer: x[:, :-1]"),
     (HOOK, "None"), ("text_hook(self, x, layer)", "x + 1")])
