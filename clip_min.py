@@ -92,6 +92,7 @@ FAMILIES = {    # what their own models have that differs from CLIPConfig's defa
     "siglip": {"activation": "gelu_pytorch_tanh", "eps": 1e-6, "mean": HALF, "std": HALF},
 }
 
+Weights = dict[str, Tensor]                  # by name
 Between = Callable[[Tensor, int], Tensor]    # (tokens (B, T, D), layer) -> tokens, called before every block
 
 
@@ -137,7 +138,7 @@ class CLIPConfig:
                 raise WeightsError(f"{name} {value!r}: no such backbone is built")
 
     @classmethod
-    def from_weights(cls, weights: dict[str, Tensor]) -> CLIPConfig:
+    def from_weights(cls, weights: Weights) -> CLIPConfig:
         """Family and sizes by the tensors' names and shapes, the rest as the family's own models have it.
 
         Raises WeightsError, or LookupError or ValueError for tensors that are no backbone's.
@@ -506,7 +507,7 @@ def _file(path: Path) -> Path:
                        "pytorch_model.bin, give that file itself)")
 
 
-def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tensors(file: Path) -> tuple[Weights, dict[str, str]]:
     """Tensors and metadata as stored. No file's code is run but that of OpenAI's own archives."""
     ordinary(file).open("rb").close()      # safetensors says of all that it may not open that it is not there
     if file.suffix == ".json":
@@ -606,7 +607,7 @@ def _renamed(name: str, rows: list[list[str]]) -> list[str]:
     return [name]
 
 
-def _our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _our_names(weights: Weights) -> Weights:
     """Any naming scheme -> ours. Raises WeightsError naming a tensor that holds no weights."""
     rows = _rows(SIGLIP + HUGGING_FACE + PE_CORE + OPENAI)
     ours = {}
@@ -693,7 +694,7 @@ def _flat(config: dict, above: str = "") -> dict:
     return flat
 
 
-def _config(weights: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> CLIPConfig:
+def _config(weights: Weights, file: Path, metadata: dict[str, str]) -> CLIPConfig:
     """By the config beside the file, else in its metadata, and the tensors where that is silent."""
     config = asdict(CLIPConfig.from_weights(weights))
     beside = file.with_name("open_clip_config.json" if file.name.startswith("open_clip") else "config.json")
@@ -745,7 +746,7 @@ def _told(file: Path, usual: dict) -> dict:
     return told
 
 
-def _filled(weights: dict[str, Tensor], config: CLIPConfig) -> CLIP:
+def _filled(weights: Weights, config: CLIPConfig) -> CLIP:
     """Frozen CLIP in eval mode of all of its tensors, no others. Raises what PyTorch raises else."""
     with torch.device("meta"):
         clip = CLIP(config)
@@ -787,7 +788,7 @@ def _fingerprint(clip: CLIP) -> str:
     return digest.hexdigest()[:16]
 
 
-def from_weights(weights: dict[str, Tensor]) -> CLIP:
+def from_weights(weights: Weights) -> CLIP:
     """Frozen backbone in eval mode of tensors under OpenAI's names or any others that `load` reads.
 
     What tensors can't tell (activation, pixels) is as the family's own models have it. Raises WeightsError.
@@ -811,7 +812,7 @@ def convert(source: str | Path, target: str | Path, merges: str | Path | None = 
     save(clip.state_dict(), target, {"config": json.dumps(asdict(clip.config)), **tokenizer.metadata})
 
 
-def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str]) -> None:
+def save(tensors: Weights, target: str | Path, metadata: dict[str, str]) -> None:
     """One safetensors file, there whole or not at all; a link stays one. Raises WeightsError."""
     target = Path(os.path.realpath(target))
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -826,7 +827,7 @@ def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str
             part.unlink(missing_ok=True)
 
 
-def hugging_face(clip: CLIP) -> tuple[dict[str, Tensor], dict]:
+def hugging_face(clip: CLIP) -> tuple[Weights, dict]:
     """State dict under Hugging Face's names and its config.json; PE-Core: open_clip's names and config.
 
     Hugging Face itself reads mean and std off another file, preprocessor_config.json (image_mean, image_std).
@@ -845,14 +846,14 @@ def hugging_face(clip: CLIP) -> tuple[dict[str, Tensor], dict]:
     if c.family == "pe-core":
         size = {192: "tiny", 384: "small", 1024: "large"}.get(c.vision_width, "base")
         trunk = f"vit_pe_core_{size}_patch{c.patch}_{c.image}"
-        rows, flat = OPEN_CLIP_CONFIG, {
+        table, flat = OPEN_CLIP_CONFIG, {
             "model_cfg.custom_text": True, "model_cfg.vision_cfg.timm_model_name": trunk,
             "model_cfg.vision_cfg.timm_pool": "map", "model_cfg.vision_cfg.timm_proj": None}
     else:
-        rows, flat = HUGGING_FACE_CONFIG, {
+        table, flat = HUGGING_FACE_CONFIG, {
             "vision_config.intermediate_size": 4 * c.vision_width,
             "text_config.intermediate_size": 4 * c.text_width, "text_config.eos_token_id": c.vocab - 1}
-    flat |= {path: fields[field] for field, path in _rows(rows)}
+    flat |= {path: fields[field] for field, path in _rows(table)}
     for path, value in flat.items():
         *above, key = path.split(".")
         inner = config
