@@ -14,10 +14,10 @@ an adapter can wrap each. Sources: Radford et al. 2021 (CLIP), Bolya et al. 2025
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import gzip
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -44,25 +44,6 @@ try:
 except ImportError:                      # Windows: processes that start at once may fetch the same file twice
     fcntl = None
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)    # of an RGB picture in 0..1, as CLIP takes it
-STD = (0.26862954, 0.26130258, 0.27577711)
-HALF = (0.5, 0.5, 0.5)
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").removeprefix("~/")) / "atha"
-VIT_B16_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
-VIT_B16_URL = f"https://openaipublic.azureedge.net/clip/models/{VIT_B16_SHA256}/ViT-B-16.pt"
-OPENAI_SHA256 = {    # what may be opened as TorchScript, which runs code: ViT-B/32, B/16, L/14, L/14@336
-    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", VIT_B16_SHA256,
-    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-}
-MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-MERGES_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
-OPENAI_VOCAB = 49408
-BYTES_ONLY = 514            # ids of a byte-pair vocabulary without a merge
-
-Between = Callable[[Tensor, int], Tensor]    # (tokens (B, T, D), layer) -> tokens, called before every block
-
-
 class WeightsError(Exception):
     """Weights that cannot be had or used; the message is one line for the user."""
 
@@ -85,18 +66,34 @@ def say(text: str) -> None:
         sys.stderr.write(f"{text}\n")
 
 
+def ordinary(path: str | Path) -> Path:
+    """The path, if an ordinary file is there: a device or a pipe may never end. Raises WeightsError."""
+    if not os.path.isfile(path):
+        raise WeightsError(f"there is no ordinary file {path}")
+    return Path(path)
+
+
 # ------------------------------------------------------------------------------------------------------ model
 
+# CLIPConfig, then the parts from small to large: Attention, MLP, Block, Transformer, VisionTransformer, CLIP.
+# All three families are these classes; where they differ stands in the constructors of the last two.
+MEAN = (0.48145466, 0.4578275, 0.40821073)    # of an RGB picture in 0..1, as CLIP takes it
+STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+OPENAI_VOCAB = 49408
 ACTIVATIONS = {    # (f, a) by Hugging Face's names: the activation of y is f(a·y) / a
     "quick_gelu": (F.silu, 1.702),    # y·sigmoid(1.702 y)
     "gelu": (F.gelu, 1.0),
     "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), 1.0),
 }
-FAMILIES = {    # what their own models have
-    "clip": {"activation": "quick_gelu", "eps": 1e-5, "mean": MEAN, "std": STD},
-    "pe-core": {"activation": "gelu", "eps": 1e-5, "mean": HALF, "std": HALF},
+FAMILIES = {    # what their own models have that differs from CLIPConfig's defaults
+    "clip": {},
+    "pe-core": {"activation": "gelu", "mean": HALF, "std": HALF},
     "siglip": {"activation": "gelu_pytorch_tanh", "eps": 1e-6, "mean": HALF, "std": HALF},
 }
+
+Weights = dict[str, Tensor]                  # by name
+Between = Callable[[Tensor, int], Tensor]    # (tokens (B, T, D), layer) -> tokens, called before every block
 
 
 @dataclass(frozen=True)
@@ -123,28 +120,25 @@ class CLIPConfig:
     text_head: int = 64
 
     def __post_init__(self):
-        most = {"embed": 2 ** 14, "image": 4096, "vision_width": 2 ** 14, "vision_layers": 256,
-                "text_width": 2 ** 14, "text_layers": 256, "context": 4096, "vocab": 2 ** 21,
-                "vision_head": 1024, "text_head": 1024}
-        for name, limit in most.items():                 # what a config tells is believed within reason
-            if not 0 < getattr(self, name) <= limit:
-                raise WeightsError(f"{name} {getattr(self, name)!r}: no such backbone is built")
+        most = {"vocab": 2 ** 21, "vision_layers": 256, "text_layers": 256}    # of other sizes 2 ** 13
         fits = {
-            "patch": 0 < self.patch <= self.image <= 256 * self.patch,
-            "vision_width": self.vision_width % self.vision_head == 0,
-            "text_width": self.text_width % self.text_head == 0,
+            "patch": self.patch <= self.image <= 256 * self.patch,
+            "vision_width": math.gcd(self.vision_width, self.vision_head) == self.vision_head,
+            "text_width": math.gcd(self.text_width, self.text_head) == self.text_head,      # whole heads
             "context": self.context > 2,
-            "family": self.family in FAMILIES, "activation": self.activation in ACTIVATIONS,
+            "family": self.family in FAMILIES,
+            "activation": self.activation in ACTIVATIONS,
             "eps": 0 < self.eps < 1,
             "mean": [0 <= x <= 1 for x in self.mean] == [True] * 3,
             "std": [0 < x <= 1 for x in self.std] == [True] * 3,
         }
-        for name, good in fits.items():
-            if not good:
-                raise WeightsError(f"{name} {getattr(self, name)!r}: no such backbone is built")
+        for name, value in vars(self).items():
+            size = isinstance(value, int)
+            if size and not 0 < value <= most.get(name, 2 ** 13) or not fits.get(name, True):
+                raise WeightsError(f"{name} {value!r}: no such backbone is built")
 
     @classmethod
-    def from_weights(cls, weights: dict[str, Tensor]) -> CLIPConfig:
+    def from_weights(cls, weights: Weights) -> CLIPConfig:
         """Family and sizes by the tensors' names and shapes, the rest as the family's own models have it.
 
         Raises WeightsError, or LookupError or ValueError for tensors that are no backbone's.
@@ -155,13 +149,12 @@ class CLIPConfig:
         width, _, patch, _ = weights["visual.conv1.weight"].shape
         patches = len(weights["visual.positional_embedding"]) - (family != "siglip")
         vocab, text_width = weights["token_embedding.weight"].shape
-        layers, text_layers = (
-            sum(name.startswith(tower) and name.endswith(".ln_1.weight") for name in weights)
-            for tower in ("visual.transformer.", "transformer.")
-        )
+        layers = fnmatch.filter(weights, "visual.transformer.resblocks.*.ln_1.weight")
+        text_layers = fnmatch.filter(weights, "transformer.resblocks.*.ln_1.weight")
         return cls(
             embed=weights["text_projection"].shape[1], image=math.isqrt(max(patches, 0)) * patch, patch=patch,
-            vision_width=width, vision_layers=layers, text_width=text_width, text_layers=text_layers,
+            vision_width=width, vision_layers=len(layers),
+            text_width=text_width, text_layers=len(text_layers),
             context=len(weights["positional_embedding"]), vocab=vocab, family=family, **FAMILIES[family],
         )
 
@@ -176,9 +169,8 @@ class Attention(nn.Module):
         self.register_buffer("rope", rope, persistent=False)                          # (2, T, C): cos, sin
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:                          # (B, T, D), (B, S, D)
-        def split(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)                  # (B, heads, T, C)
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(context)), split(self.v_proj(context))
+        q, k, v = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, C)
         if self.rope is not None:
             q, k = rotate(q, *self.rope), rotate(k, *self.rope)
         if x.is_cuda or self.causal or x.dtype == torch.float32:
@@ -227,9 +219,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     rows = slice(None)     # tokens given out: all; of the last block the pooled one alone
 
-    def __init__(self, width: int, config: CLIPConfig, attention: Attention):
+    def __init__(self, width: int, heads: int, config: CLIPConfig, **how):
         super().__init__()
-        self.ln_1, self.attn = nn.LayerNorm(width, config.eps), attention
+        self.ln_1, self.attn = nn.LayerNorm(width, config.eps), Attention(width, heads, **how)
         self.ln_2, self.mlp = nn.LayerNorm(width, config.eps), MLP(width, config.activation)
 
     def forward(self, x: Tensor) -> Tensor:                                       # (B, T, D) -> (B, rows, D)
@@ -239,10 +231,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int, head: int, layers: int, config: CLIPConfig, **how):
+    """Blocks one after another; how: causal or rope, for their attention."""
+
+    def __init__(self, width: int, heads: int, layers: int, config: CLIPConfig, **how):
         super().__init__()
-        attention = partial(Attention, width, width // head, **how)
-        self.resblocks = nn.ModuleList(Block(width, config, attention()) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, config, **how) for _ in range(layers))
 
     def forward(self, x: Tensor, between: Between | None = None) -> Tensor:
         for layer, block in enumerate(self.resblocks):
@@ -253,7 +246,7 @@ class Transformer(nn.Module):
 class AttentionPool(nn.Module):
     """All tokens to one: a learned query attends to them, then an MLP (PE-Core, SigLIP)."""
 
-    def __init__(self, width: int, config: CLIPConfig, heads: int):
+    def __init__(self, width: int, heads: int, config: CLIPConfig):
         super().__init__()
         self.query = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.attn = Attention(width, heads)
@@ -265,33 +258,35 @@ class AttentionPool(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT; `between(tokens (B, first_patch + L, D), layer)` may change the tokens before every block."""
+    """ViT; `between(tokens (B, first_patch + L, D), layer)` may change the tokens before every block.
+
+    CLIP's feature is the last [CLS]; PE-Core and SigLIP pool all tokens by attention. PE-Core turns q and k
+    by their places (rope); SigLIP has no [CLS], and its tokens are in the texts' space already.
+    """
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
         width, grid = config.vision_width, config.image // config.patch
-        rotary, siglip = config.family == "pe-core", config.family == "siglip"
+        heads, std = width // config.vision_head, width ** -0.5
+        pe_core, siglip = config.family == "pe-core", config.family == "siglip"
         self.first_patch = 0 if siglip else 1                  # [CLS] stands before the patches
         self.conv1 = nn.Conv2d(3, width, config.patch, config.patch, bias=siglip)
-        self.class_embedding = None if siglip else nn.Parameter(width ** -0.5 * torch.randn(width))
-        length = self.first_patch + grid ** 2
-        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(length, width))
+        self.class_embedding = None if siglip else nn.Parameter(std * torch.randn(width))
+        self.positional_embedding = nn.Parameter(std * torch.randn(self.first_patch + grid ** 2, width))
         self.ln_pre = nn.Identity() if siglip else nn.LayerNorm(width, config.eps)
         self.ln_post = nn.LayerNorm(width, config.eps)
-        head = config.vision_head
-        rope = rope_2d(grid, head) if rotary else None
-        self.transformer = Transformer(width, head, config.vision_layers, config, rope=rope)
+        rope = rope_2d(grid, config.vision_head) if pe_core else None
+        self.transformer = Transformer(width, heads, config.vision_layers, config, rope=rope)
         self.pool = None
         if config.family == "clip":
             self.transformer.resblocks[-1].rows = slice(1)
         else:
-            self.pool = AttentionPool(width, config, heads=8 if rotary else width // head)
-        self.projects = not siglip                             # its tokens are in the texts' space already
-        if self.projects:
-            self.proj = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed))
-        else:
+            self.pool = AttentionPool(width, 8 if pe_core else heads, config)
+        if siglip:
             self.register_buffer("proj", torch.eye(width, device="cpu"), persistent=False)
-        self.proj_bias = nn.Parameter(torch.zeros(config.embed)) if rotary else None
+        else:
+            self.proj = nn.Parameter(std * torch.randn(width, config.embed))
+        self.proj_bias = nn.Parameter(torch.zeros(config.embed)) if pe_core else None
 
     def forward(self, images: Tensor, between: Between | None = None) -> Tensor:
         """(B, 3, S, S) normalised by the backbone's mean and std -> (B, embed), not of unit length."""
@@ -300,7 +295,7 @@ class VisionTransformer(nn.Module):
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)             # (B, 1+L, D)
         x = self.transformer(self.ln_pre(x + self.positional_embedding), between)
         x = self.ln_post(x[:, 0]) if self.pool is None else self.pool(self.ln_post(x))    # (B, D)
-        return F.linear(x, self.proj.T, self.proj_bias) if self.projects else x
+        return F.linear(x, self.proj.T, self.proj_bias)
 
 
 class CLIP(nn.Module):
@@ -312,19 +307,20 @@ class CLIP(nn.Module):
         self.config, self.mean, self.std = config, config.mean, config.std
         self.causal = config.family != "siglip"
         self.first_word = int(self.causal)             # after the start token, which SigLIP's rows don't have
+        width = config.text_width
         self.visual = VisionTransformer(config)
-        self.token_embedding = nn.Embedding(config.vocab, config.text_width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context, config.text_width))
-        self.transformer = Transformer(config.text_width, config.text_head, config.text_layers, config,
+        self.token_embedding = nn.Embedding(config.vocab, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context, width))
+        self.transformer = Transformer(width, width // config.text_head, config.text_layers, config,
                                        causal=self.causal)
+        self.ln_final = nn.LayerNorm(width, config.eps)
+        self.text_projection = nn.Parameter(width ** -0.5 * torch.randn(width, config.embed))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())                     # natural logarithm
+        self.text_bias = self.logit_bias = None
         if not self.causal:
             self.transformer.resblocks[-1].rows = slice(-1, None)
-        self.ln_final = nn.LayerNorm(config.text_width, config.eps)
-        start = config.text_width ** -0.5 * torch.randn(config.text_width, config.embed)
-        self.text_projection = nn.Parameter(start)
-        self.text_bias = None if self.causal else nn.Parameter(torch.zeros(config.embed))
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())                     # natural logarithm
-        self.logit_bias = None if self.causal else nn.Parameter(torch.tensor(-10.0))  # the same for all texts
+            self.text_bias = nn.Parameter(torch.zeros(config.embed))
+            self.logit_bias = nn.Parameter(torch.tensor(-10.0))                       # the same for all texts
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) normalised by mean and std -> (B, embed), not of unit length."""
@@ -348,6 +344,11 @@ class CLIP(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- tokenizers
 
+# A tokenizer makes rows of ids of texts. OpenAI's, which all CLIPs and PE-Core take, is written out below;
+# SigLIP's is of another kind, so `encode` asks the package tokenizers and the rest stays.
+BYTES_ONLY = 514            # ids of a byte-pair vocabulary without a merge
+
+
 class Tokenizer:
     """OpenAI's byte-pair encoding, lower case, with the standard library only.
 
@@ -362,21 +363,21 @@ class Tokenizer:
             merges = read_merges(merges)
         pairs = [tuple(m.split()) if isinstance(m, str) else tuple(m) for m in merges]
         self.metadata = {"merges": "\n".join(map(" ".join, pairs))}      # what our file keeps of it
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        printable = [b for b in range(33, 256) if chr(b).isprintable()]
         others = [b for b in range(256) if b not in printable]
         self.symbol = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
         needed = max(limit - BYTES_ONLY, 0) if limit else len(pairs)
         if len(pairs) != needed:
             raise WeightsError(f"{len(pairs)} merges, the weights need {needed}")
         letters = list(self.symbol.values())
-        words = letters + [c + "</w>" for c in letters]
-        known = set(words)
+        self.vocab = letters + [c + "</w>" for c in letters]
+        known = set(self.vocab)
         for pair in pairs:
             if len(pair) != 2 or not known.issuperset(pair):
                 raise WeightsError(f"{' '.join(pair)[:80]!r} is not a merge of two known pieces")
-            words.append("".join(pair))
-            known.add(words[-1])
-        self.vocab = [*words, "<|startoftext|>", "<|endoftext|>"]
+            self.vocab.append("".join(pair))
+            known.add(self.vocab[-1])
+        self.vocab += ["<|startoftext|>", "<|endoftext|>"]
         self.rank = {pair: i for i, pair in enumerate(pairs)}
         self.id = {token: i for i, token in enumerate(self.vocab)}
         self.start, self.end = [len(self.vocab) - 2], len(self.vocab) - 1
@@ -401,7 +402,7 @@ class Tokenizer:
         return rows
 
     def _word(self, word: str) -> list[int]:
-        if word in ("<|startoftext|>", "<|endoftext|>"):
+        if word in self.vocab[-2:]:                                                    # start, end
             return [self.id[word]]
         parts = [self.symbol[b] for b in word.encode("utf-8", "surrogatepass")]
         parts[-1] += "</w>"
@@ -442,25 +443,95 @@ class SiglipTokenizer(Tokenizer):
 
 def read_merges(path: str | Path) -> list[str]:
     """Merges of OpenAI's bpe_simple_vocab_16e6.txt.gz or a Hugging Face merges.txt (line 1: a version)."""
-    data = read_ordinary(path)
     with failing(f"cannot read the merges file {path}"):
+        data = ordinary(path).read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
     lines = text.splitlines()[1: OPENAI_VOCAB - BYTES_ONLY + 1]    # OpenAI's file has more than CLIP uses
     return [line for line in lines if line]
 
 
-def read_ordinary(path: str | Path) -> bytes:
-    """Bytes of a file, an ordinary one: a device or a pipe may never end. Raises WeightsError."""
-    with failing(f"cannot read {path}"):
-        if not os.path.isfile(path):
-            raise WeightsError("there is no ordinary file of that name")
-        return Path(path).read_bytes()
+# ------------------------------------------------------------------------------------------ weights: reading
+
+# `load` comes first and calls the others in the order in which they stand: which file holds the tensors
+# (_file), the tensors (_tensors) under our names (_our_names), what is known of the model (_config), the
+# model (_filled), its tokenizer (_tokenizer). Nothing that a config says is ignored: `_told` and CLIPConfig
+# believe or refuse it, and a model takes all of its tensors and no others.
+
+def load(path: str | Path | None = None, device: str | torch.device = "cpu",
+         dtype: torch.dtype | None = torch.float32,
+         merges: str | Path | None = None) -> tuple[CLIP, Tokenizer]:
+    """Frozen backbone in eval mode and its tokenizer.
+
+    path: our own safetensors, a Hugging Face or open_clip folder or its file, "hf-hub:org/name", OpenAI's
+    .pt; None is ViT-B/16, downloaded once, checked, converted and kept in the cache. dtype None: as stored.
+    merges: the file of merges (SigLIP: tokenizer.json), where it is not beside them. Raises WeightsError.
+    """
+    path = _vit_b16() if path is None else Path(path)
+    if str(path).startswith("hf-hub:") and not path.exists():
+        path = _from_hub(str(path).removeprefix("hf-hub:"))
+    if not path.exists():
+        raise WeightsError(f"no weights at {path}")
+    with failing(f"cannot use {path}"):
+        file = _file(path)
+        tensors, metadata = _tensors(file)
+        weights = _our_names(tensors)
+        clip = _filled(weights, _config(weights, file, metadata))
+        tokenizer = _tokenizer(clip.config, file.parent, metadata, merges)
+    clip.fingerprint = _fingerprint(clip)
+    return clip.to(device=device, dtype=dtype), tokenizer
 
 
-# --------------------------------------------------------------------------------------------- weights: names
+def _from_hub(name: str) -> Path:
+    """Folder with what `load` reads of the hub repository org/name, fetched at need. Raises WeightsError."""
+    with failing(f"cannot fetch hf-hub:{name}; it takes pip install huggingface_hub, or by hand "
+                 f"hf download {name} --local-dir DIR, then give DIR"):
+        import huggingface_hub
+        for weights in ("model.safetensors model-*.safetensors *.index.json", "open_clip_model.safetensors"):
+            files = f"{weights} *config.json merges.txt tokenizer.json"
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files.split()))
+            if any(folder.glob("*.safetensors")):
+                break
+        return folder
+
+
+FILES = ("model.safetensors", "open_clip_model.safetensors", "model.safetensors.index.json",
+         "open_clip_model.safetensors.index.json")
+
+
+def _file(path: Path) -> Path:
+    """What holds the tensors of a folder: a file, or an index of files. A file is its own answer."""
+    if not path.is_dir():
+        return path
+    for name in FILES:
+        if (path / name).exists():
+            return path / name
+    raise WeightsError("no model.safetensors or open_clip_model.safetensors in it (to read an older "
+                       "pytorch_model.bin, give that file itself)")
+
+
+def _tensors(file: Path) -> tuple[Weights, dict[str, str]]:
+    """Tensors and metadata as stored. No file's code is run but that of OpenAI's own archives."""
+    ordinary(file).open("rb").close()      # safetensors says of all that it may not open that it is not there
+    if file.suffix == ".json":
+        tensors = {}
+        for shard in sorted(set(json.loads(file.read_bytes())["weight_map"].values())):
+            tensors |= _tensors(file.with_name(shard))[0]
+        return tensors, {}
+    if not zipfile.is_zipfile(file):
+        with safe_open(file, "pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # TorchScript is old, but OpenAI's format
+        if sha256_of(file) in OPENAI_SHA256:
+            return torch.jit.load(file, map_location="cpu").state_dict(), {"config": "{}"}
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True), {}
+        except Exception as e:                      # torch's own words advise to run the code all the same
+            raise WeightsError("not tensors alone, nor an archive of OpenAI's: its code is not run") from e
+
 
 # Their name, ours, how the tensor differs (T: transposed; a number: so many leading axes of length 1 there).
-# "#" stands for the number of a block, "*" for any ending, [qkv] for three tensors that are one there.
+# "*" stands for anything, the same in both names; [qkv] for three tensors that are one there.
 SIGLIP = """
 vision_model.head.probe                           visual.pool.query                               2
 vision_model.head.attention.in_proj_*             visual.pool.attn.[qkv]_proj.*
@@ -478,20 +549,20 @@ vision_model.embeddings.class_embedding           visual.class_embedding
 vision_model.embeddings.patch_embedding.*         visual.conv1.*
 vision_model.embeddings.position_embedding.weight visual.positional_embedding
 vision_model.pre_layrnorm.*                       visual.ln_pre.*
-vision_model.encoder.layers.#.self_attn.*         visual.transformer.resblocks.#.attn.*
-vision_model.encoder.layers.#.layer_norm1.*       visual.transformer.resblocks.#.ln_1.*
-vision_model.encoder.layers.#.layer_norm2.*       visual.transformer.resblocks.#.ln_2.*
-vision_model.encoder.layers.#.mlp.fc1.*           visual.transformer.resblocks.#.mlp.c_fc.*
-vision_model.encoder.layers.#.mlp.fc2.*           visual.transformer.resblocks.#.mlp.c_proj.*
+vision_model.encoder.layers.*.self_attn.*         visual.transformer.resblocks.*.attn.*
+vision_model.encoder.layers.*.layer_norm1.*       visual.transformer.resblocks.*.ln_1.*
+vision_model.encoder.layers.*.layer_norm2.*       visual.transformer.resblocks.*.ln_2.*
+vision_model.encoder.layers.*.mlp.fc1.*           visual.transformer.resblocks.*.mlp.c_fc.*
+vision_model.encoder.layers.*.mlp.fc2.*           visual.transformer.resblocks.*.mlp.c_proj.*
 vision_model.post_layernorm.*                     visual.ln_post.*
 visual_projection.weight                          visual.proj                                     T
 text_model.embeddings.token_embedding.weight      token_embedding.weight
 text_model.embeddings.position_embedding.weight   positional_embedding
-text_model.encoder.layers.#.self_attn.*           transformer.resblocks.#.attn.*
-text_model.encoder.layers.#.layer_norm1.*         transformer.resblocks.#.ln_1.*
-text_model.encoder.layers.#.layer_norm2.*         transformer.resblocks.#.ln_2.*
-text_model.encoder.layers.#.mlp.fc1.*             transformer.resblocks.#.mlp.c_fc.*
-text_model.encoder.layers.#.mlp.fc2.*             transformer.resblocks.#.mlp.c_proj.*
+text_model.encoder.layers.*.self_attn.*           transformer.resblocks.*.attn.*
+text_model.encoder.layers.*.layer_norm1.*         transformer.resblocks.*.ln_1.*
+text_model.encoder.layers.*.layer_norm2.*         transformer.resblocks.*.ln_2.*
+text_model.encoder.layers.*.mlp.fc1.*             transformer.resblocks.*.mlp.c_fc.*
+text_model.encoder.layers.*.mlp.fc2.*             transformer.resblocks.*.mlp.c_proj.*
 text_model.final_layer_norm.*                     ln_final.*
 text_projection.weight                            text_projection                                 T
 """
@@ -500,12 +571,12 @@ visual.trunk.cls_token                            visual.class_embedding        
 visual.trunk.pos_embed                            visual.positional_embedding                     1
 visual.trunk.patch_embed.proj.*                   visual.conv1.*
 visual.trunk.norm_pre.*                           visual.ln_pre.*
-visual.trunk.blocks.#.attn.qkv.*                  visual.transformer.resblocks.#.attn.[qkv]_proj.*
-visual.trunk.blocks.#.attn.proj.*                 visual.transformer.resblocks.#.attn.out_proj.*
-visual.trunk.blocks.#.norm1.*                     visual.transformer.resblocks.#.ln_1.*
-visual.trunk.blocks.#.norm2.*                     visual.transformer.resblocks.#.ln_2.*
-visual.trunk.blocks.#.mlp.fc1.*                   visual.transformer.resblocks.#.mlp.c_fc.*
-visual.trunk.blocks.#.mlp.fc2.*                   visual.transformer.resblocks.#.mlp.c_proj.*
+visual.trunk.blocks.*.attn.qkv.*                  visual.transformer.resblocks.*.attn.[qkv]_proj.*
+visual.trunk.blocks.*.attn.proj.*                 visual.transformer.resblocks.*.attn.out_proj.*
+visual.trunk.blocks.*.norm1.*                     visual.transformer.resblocks.*.ln_1.*
+visual.trunk.blocks.*.norm2.*                     visual.transformer.resblocks.*.ln_2.*
+visual.trunk.blocks.*.mlp.fc1.*                   visual.transformer.resblocks.*.mlp.c_fc.*
+visual.trunk.blocks.*.mlp.fc2.*                   visual.transformer.resblocks.*.mlp.c_proj.*
 visual.trunk.norm.*                               visual.ln_post.*
 visual.trunk.attn_pool.latent                     visual.pool.query                               2
 visual.trunk.attn_pool.q.*                        visual.pool.attn.q_proj.*
@@ -516,11 +587,11 @@ visual.trunk.attn_pool.mlp.fc1.*                  visual.pool.mlp.c_fc.*
 visual.trunk.attn_pool.mlp.fc2.*                  visual.pool.mlp.c_proj.*
 visual.trunk.head.weight                          visual.proj                                     T
 visual.trunk.head.bias                            visual.proj_bias
-text.transformer.resblocks.#.attn.in_proj_*       transformer.resblocks.#.attn.[qkv]_proj.*
+text.transformer.resblocks.*.attn.in_proj_*       transformer.resblocks.*.attn.[qkv]_proj.*
 logit_scale                                       logit_scale
 text.*                                            *
 """
-OPENAI = "*resblocks.#.attn.in_proj_*             *resblocks.#.attn.[qkv]_proj.*"
+OPENAI = "*resblocks.*.attn.in_proj_*             *resblocks.*.attn.[qkv]_proj.*"
 NAMES = {"clip": HUGGING_FACE, "siglip": SIGLIP + HUGGING_FACE, "pe-core": PE_CORE}
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids")
 
@@ -532,14 +603,13 @@ def _rows(table: str) -> list[list[str]]:
 def _renamed(name: str, rows: list[list[str]]) -> list[str]:
     """[new name, how the tensor differs] by the first row (old, new, how) that fits, else the name."""
     for old, new, *how in rows:
-        found = re.fullmatch(old.replace(".", r"\.").replace("#", r"(\d+)").replace("*", "(.*)"), name)
+        found = re.fullmatch(old.replace(".", r"\.").replace("*", "(.*)"), name)
         if found:
-            parts = iter(found.groups())
-            return [re.sub("[#*]", lambda _: next(parts), new), *how]
+            return [new.replace("*", "{}").format(*found.groups()), *how]
     return [name]
 
 
-def _our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _our_names(weights: Weights) -> Weights:
     """Any naming scheme -> ours. Raises WeightsError naming a tensor that holds no weights."""
     rows = _rows(SIGLIP + HUGGING_FACE + PE_CORE + OPENAI)
     ours = {}
@@ -553,44 +623,68 @@ def _our_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor.t()
         elif how:
             tensor = tensor.reshape(tensor.shape[int(how[0]):])
-        letters = re.search(r"\[(\w+)\]|$", new)
-        parts = tensor.chunk(len(letters[1])) if letters[1] else [tensor]              # (3D, …) -> (D, …)
-        for letter, part in zip(letters[1] or "-", parts):
-            ours[new.replace(letters[0] or "-", letter)] = part.contiguous()
+        before, letters, after = re.fullmatch(r"(.*?)(?:\[(\w+)\](.*))?", new).groups("")
+        parts = tensor.chunk(len(letters)) if letters else [tensor]                    # (3D, …) -> (D, …)
+        for letter, part in zip(letters or [""], parts):
+            ours[before + letter + after] = part.contiguous()
     return ours
 
 
-# ------------------------------------------------------------------------------------------- weights: configs
-
-# A field of CLIPConfig (heads: how many), and where Hugging Face's and open_clip's configs tell it.
-TOLD = """
-family         model_type                           -
-embed          projection_dim                       model_cfg.embed_dim
-image          vision_config.image_size             model_cfg.vision_cfg.image_size
-patch          vision_config.patch_size             model_cfg.vision_cfg.patch_size
-vision_width   vision_config.hidden_size            model_cfg.vision_cfg.width
-vision_layers  vision_config.num_hidden_layers      model_cfg.vision_cfg.layers
-vision_heads   vision_config.num_attention_heads    -
-vision_head    -                                    model_cfg.vision_cfg.head_width
-text_width     text_config.hidden_size              model_cfg.text_cfg.width
-text_layers    text_config.num_hidden_layers        model_cfg.text_cfg.layers
-text_heads     text_config.num_attention_heads      model_cfg.text_cfg.heads
-context        text_config.max_position_embeddings  model_cfg.text_cfg.context_length
-vocab          text_config.vocab_size               model_cfg.text_cfg.vocab_size
-activation     vision_config.hidden_act             -
-activation     text_config.hidden_act               -
-eps            vision_config.layer_norm_eps         -
-eps            text_config.layer_norm_eps           -
-mean           image_mean                           preprocess_cfg.mean
-std            image_std                            preprocess_cfg.std
+# A field of CLIPConfig (heads: how many), and where the config of others tells it.
+HUGGING_FACE_CONFIG = """
+family         model_type
+embed          projection_dim
+image          vision_config.image_size
+patch          vision_config.patch_size
+vision_width   vision_config.hidden_size
+vision_layers  vision_config.num_hidden_layers
+vision_heads   vision_config.num_attention_heads
+text_width     text_config.hidden_size
+text_layers    text_config.num_hidden_layers
+text_heads     text_config.num_attention_heads
+context        text_config.max_position_embeddings
+vocab          text_config.vocab_size
+activation     vision_config.hidden_act
+activation     text_config.hidden_act
+eps            vision_config.layer_norm_eps
+eps            text_config.layer_norm_eps
+mean           image_mean
+std            image_std
+"""
+OPEN_CLIP_CONFIG = """
+embed          model_cfg.embed_dim
+image          model_cfg.vision_cfg.image_size
+patch          model_cfg.vision_cfg.patch_size
+vision_width   model_cfg.vision_cfg.width
+vision_layers  model_cfg.vision_cfg.layers
+vision_head    model_cfg.vision_cfg.head_width
+text_width     model_cfg.text_cfg.width
+text_layers    model_cfg.text_cfg.layers
+text_heads     model_cfg.text_cfg.heads
+context        model_cfg.text_cfg.context_length
+vocab          model_cfg.text_cfg.vocab_size
+mean           preprocess_cfg.mean
+std            preprocess_cfg.std
 """
 # What open_clip's model may say besides: read in `_told`, without a meaning here, or all that is built.
-BESIDES = """
-quick_gelu custom_text
-vision_cfg.timm_model_name vision_cfg.timm_pool=map vision_cfg.timm_model_pretrained vision_cfg.timm_drop
-vision_cfg.timm_drop_path vision_cfg.patch_dropout vision_cfg.output_tokens vision_cfg.mlp_ratio
-vision_cfg.pool_type=tok vision_cfg.pos_embed_type=learnable
-text_cfg.output_tokens text_cfg.mlp_ratio text_cfg.pad_id text_cfg.pool_type=argmax text_cfg.proj_type=linear
+OPEN_CLIP_BESIDES = """
+model_cfg.quick_gelu
+model_cfg.custom_text
+model_cfg.vision_cfg.timm_model_name
+model_cfg.vision_cfg.timm_pool=map
+model_cfg.vision_cfg.timm_model_pretrained
+model_cfg.vision_cfg.timm_drop
+model_cfg.vision_cfg.timm_drop_path
+model_cfg.vision_cfg.patch_dropout
+model_cfg.vision_cfg.output_tokens
+model_cfg.vision_cfg.mlp_ratio
+model_cfg.vision_cfg.pool_type=tok
+model_cfg.vision_cfg.pos_embed_type=learnable
+model_cfg.text_cfg.output_tokens
+model_cfg.text_cfg.mlp_ratio
+model_cfg.text_cfg.pad_id
+model_cfg.text_cfg.pool_type=argmax
+model_cfg.text_cfg.proj_type=linear
 """
 
 
@@ -602,15 +696,30 @@ def _flat(config: dict, above: str = "") -> dict:
     return flat
 
 
-def _told(file: Path) -> dict:
-    """What another's config tells of CLIPConfig, as the rows of TOLD name it.
+def _config(weights: Weights, file: Path, metadata: dict[str, str]) -> CLIPConfig:
+    """By the config beside the file, else in its metadata, and the tensors where that is silent."""
+    config = asdict(CLIPConfig.from_weights(weights))
+    beside = file.with_name("open_clip_config.json" if file.name.startswith("open_clip") else "config.json")
+    if file.name.startswith(("model.", "pytorch_model.", "open_clip_")) and beside.exists():
+        config |= _told(beside, config)
+    elif "config" in metadata:
+        config = config | json.loads(metadata["config"])
+    else:
+        say(f"{file} has no config: the activation {config['activation']} and heads of 64 channels are taken "
+            "for granted")
+    config |= {name: tuple(config[name]) for name in ("mean", "std")}
+    return CLIPConfig(**config)
+
+
+def _told(file: Path, usual: dict) -> dict:
+    """What another's config tells of CLIPConfig. Where it is silent: usual, and heads as their code has them.
 
     Raises WeightsError naming what is not built.
     """
-    config, rows, told = json.loads(read_ordinary(file)), _rows(TOLD), {}
+    config = json.loads(ordinary(file).read_bytes())
     if "model_cfg" in config:
-        column, flat = 2, _flat(config)
-        known = {row[column] for row in rows} | {f"model_cfg.{key}" for key in BESIDES.split()}
+        flat, rows = _flat(config), _rows(OPEN_CLIP_CONFIG)
+        known = {*OPEN_CLIP_CONFIG.split(), *OPEN_CLIP_BESIDES.split()}
         for key, value in flat.items():
             if key.startswith("model_cfg.") and value and known.isdisjoint((key, f"{key}={value}")):
                 raise WeightsError(f"{key} = {value!r} is not built")
@@ -618,198 +727,94 @@ def _told(file: Path) -> dict:
         if trunk and (quick or not trunk.startswith("vit_pe_core_")):
             raise WeightsError(f"timm_model_name {trunk!r} with this activation is not built")
         told = {"family": "pe-core" if trunk else "clip", "activation": "quick_gelu" if quick else "gelu"}
+        heads = {"text_heads": 8}
     else:
-        column, family, pixels = 1, config["model_type"], file.with_name("preprocessor_config.json")
-        usual = {"hidden_act": FAMILIES[family]["activation"], "layer_norm_eps": FAMILIES[family]["eps"]}
-        for tower, heads in ("vision_config", 12), ("text_config", 8 if family == "clip" else 12):
-            config[tower] = usual | {"num_attention_heads": heads} | config.get(tower, {})
-        flat = _flat(config | (json.loads(read_ordinary(pixels)) if pixels.exists() else {}))
-    for row in rows:
-        value = flat.get(row[column])
-        if value is not None and told.setdefault(row[0], value) != value:
-            raise WeightsError(f"{row[column]} is {value!r} where the other tower has {told[row[0]]!r}")
-    return told
-
-
-def _filled(weights: dict[str, Tensor], told: dict) -> CLIP:
-    """Frozen CLIP of tensors under our names, in eval mode; what they can't tell is as told.
-
-    Raises whatever building and filling it raise: to be called inside `failing`.
-    """
-    told = asdict(CLIPConfig.from_weights(weights)) | told
+        told, pixels = {"family": config["model_type"]}, file.with_name("preprocessor_config.json")
+        flat = _flat(config | (json.loads(ordinary(pixels).read_bytes()) if pixels.exists() else {}))
+        rows = _rows(HUGGING_FACE_CONFIG)
+        heads = {"vision_heads": 12, "text_heads": {"clip": 8, "siglip": 12}[told["family"]]}
+    for field, path in rows:
+        section = path.rpartition(".")[0]
+        if section in flat:
+            raise WeightsError(f"its {section} is {flat[section]!r}")
+        value = flat.get(path)
+        if value is None:
+            value = (usual | heads)[field]
+        if told.setdefault(field, value) != value:
+            raise WeightsError(f"{path} is {value!r} where the other tower has {told[field]!r}")
     for tower in ("vision", "text"):
         if f"{tower}_heads" in told:
             told[f"{tower}_head"] = told[f"{tower}_width"] // told.pop(f"{tower}_heads")
-    told |= {name: tuple(told[name]) for name in ("mean", "std")}
+    return told
+
+
+def _filled(weights: Weights, config: CLIPConfig) -> CLIP:
+    """Frozen CLIP in eval mode of all of its tensors, no others. Raises what PyTorch raises else."""
     with torch.device("meta"):
-        clip = CLIP(CLIPConfig(**told))
-    if told["family"] == "pe-core":                               # zero in what was released, or left out
+        clip = CLIP(config)
+    if config.family == "pe-core":                                # zero in what was released, or left out
         weights.setdefault("visual.proj_bias", torch.zeros_like(weights["text_projection"][0]))
-    clip.load_state_dict(weights, assign=True)                         # all of the model's tensors, no others
+    clip.load_state_dict(weights, assign=True)
     return clip.requires_grad_(False).eval()
 
 
-def from_weights(weights: dict[str, Tensor], source: str = "the weights") -> CLIP:
-    """Frozen backbone in eval mode of tensors under OpenAI's names or any others that `load` reads.
-
-    What tensors can't tell (activation, pixels) is as the family's own models have it. Raises WeightsError.
-    """
-    with failing(f"cannot use {source}"):
-        return _filled(_our_names(weights), {})
-
-
-def hugging_face(clip: CLIP) -> tuple[dict[str, Tensor], dict]:
-    """State dict under Hugging Face's names and its config.json; PE-Core: open_clip's names and config.
-
-    Hugging Face itself reads mean and std off another file, preprocessor_config.json (image_mean, image_std).
-    """
-    c, parts, config = clip.config, {}, {}
-    rows = _rows(NAMES[c.family])
-    for name, tensor in clip.state_dict().items():
-        new, *how = _renamed(name, [[ours, theirs, *how] for theirs, ours, *how in rows])
-        if how:
-            tensor = tensor.T if how == ["T"] else tensor[(None,) * int(how[0])]
-        parts.setdefault(new, []).append(tensor)                         # q, k and v may be one there
-    heads = {"vision_heads": c.vision_width // c.vision_head, "text_heads": c.text_width // c.text_head}
-    pe_core, sizes = c.family == "pe-core", {192: "tiny", 384: "small", 1024: "large"}
-    flat = {paths[pe_core]: (asdict(c) | heads)[field] for field, *paths in _rows(TOLD)}
-    if pe_core:
-        trunk = f"vit_pe_core_{sizes.get(c.vision_width, 'base')}_patch{c.patch}_{c.image}"
-        flat |= {"model_cfg.custom_text": True, "model_cfg.vision_cfg.timm_model_name": trunk,
-                 "model_cfg.vision_cfg.timm_pool": "map", "model_cfg.vision_cfg.timm_proj": None}
-    else:
-        flat |= {"vision_config.intermediate_size": 4 * c.vision_width,
-                 "text_config.intermediate_size": 4 * c.text_width, "text_config.eos_token_id": c.vocab - 1}
-    flat.pop("-", None)
-    for path, value in flat.items():
-        *above, key = path.split(".")
-        inner = config
-        for part in above:
-            inner = inner.setdefault(part, {})
-        inner[key] = value
-    return {name: torch.cat(tensors) if tensors[1:] else tensors[0].contiguous()
-            for name, tensors in parts.items()}, config
-
-
-# --------------------------------------------------------------------------------------------- weights: files
-
-FILES = ("model.safetensors", "open_clip_model.safetensors", "model.safetensors.index.json",
-         "open_clip_model.safetensors.index.json", "pytorch_model.bin", "open_clip_pytorch_model.bin")
-
-
-def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one file as stored. No file's code is run but that of OpenAI's own archives."""
-    if not file.is_file():
-        raise WeightsError(f"there is no ordinary file {file}")
-    file.open("rb").close()            # safetensors says of all that it may not open that it is not there
-    if not zipfile.is_zipfile(file):
-        with safe_open(file, "pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}, stored.metadata() or {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                              # TorchScript is old, but OpenAI's format
-        if sha256_of(file) in OPENAI_SHA256:
-            return dict(torch.jit.load(file, map_location="cpu").state_dict()), {"config": "{}"}
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True), {}
-        except Exception as e:                      # torch's own words advise to run the code all the same
-            raise WeightsError("not tensors alone, nor an archive of OpenAI's: its code is not run") from e
-
-
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _files(path: Path) -> tuple[list[Path], Path | None]:
-    """The file or files that hold the tensors of a path, and the config that lies beside them, if any."""
-    if path.is_dir():
-        path = next((path / name for name in FILES if (path / name).exists()), path)
-        if path.suffix not in (".safetensors", ".json"):
-            raise WeightsError("no model.safetensors or open_clip_model.safetensors in it (to read an older "
-                               "pytorch_model.bin, give that file itself)")
-    files = [path]
-    if path.suffix == ".json":
-        shards = json.loads(read_ordinary(path))["weight_map"].values()
-        files = [path.with_name(shard) for shard in sorted(set(shards))]
-    config = path.with_name("open_clip_config.json" if path.name.startswith("open_clip") else "config.json")
-    return files, config if path.name in FILES and config.exists() else None
-
-
-def _from_hub(name: str) -> Path:
-    """Folder with what `load` reads of the hub repository org/name, fetched at need. Raises WeightsError."""
-    with failing(f"cannot fetch hf-hub:{name}; it takes pip install huggingface_hub, or by hand "
-                 f"hf download {name} --local-dir DIR, then give DIR"):
-        import huggingface_hub
-        for weights in ("model.safetensors model-*.safetensors *.index.json", "open_clip_model.safetensors"):
-            files = f"{weights} *config.json merges.txt tokenizer.json"
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files.split()))
-            if any(folder.glob("*.safetensors")):
-                break
-        return folder
-
-
-def _read(path: Path, words: str | Path | None) -> tuple[CLIP, Tokenizer]:
-    """The backbone with its tensors as stored, and its tokenizer, of any format; errors name the path."""
-    if not path.exists() and str(path).startswith("hf-hub:"):
-        path = _from_hub(str(path).removeprefix("hf-hub:"))
-    if not path.exists():
-        raise WeightsError(f"no weights at {path}")
-    with failing(f"cannot use {path}"):
-        weights, metadata, (files, beside) = {}, {}, _files(path)
-        for file in files:
-            tensors, metadata = _tensors(file)
-            weights |= _our_names(tensors)
-        clip = _filled(weights, _told(beside) if beside else json.loads(metadata.get("config", "{}")))
-        tokenizer = _tokenizer(clip.config, words, metadata, files[0].parent)
-    if "config" not in metadata and not beside:
-        say(f"{path} has no config: the activation {clip.config.activation} and heads of 64 channels are "
-            "taken for granted")
-    return clip, tokenizer
-
-
-def _tokenizer(config: CLIPConfig, words: str | Path | None, metadata: dict, folder: Path) -> Tokenizer:
-    """Off the file `words`, else our metadata, else a file in the folder. Raises WeightsError."""
-    kept = {} if words else metadata
+def _tokenizer(config: CLIPConfig, folder: Path, metadata: dict[str, str],
+               given: str | Path | None) -> Tokenizer:
+    """Off the given file, else our metadata, else a file in the folder. Raises WeightsError."""
+    kept = {} if given else metadata
     if config.family == "siglip":
-        file = words or folder / "tokenizer.json"
-        stored = kept.get("tokenizer") or read_ordinary(file).decode("utf-8", "replace")
+        file = given or folder / "tokenizer.json"
+        stored = kept.get("tokenizer") or ordinary(file).read_text("utf-8", "replace")
         return SiglipTokenizer(stored, config.vocab)
-    if "merges" in kept:
-        words = kept["merges"].splitlines()
-    elif not words and (folder / "merges.txt").exists():
-        words = folder / "merges.txt"
-    elif not words and config.vocab == OPENAI_VOCAB:
-        words = download(MERGES_URL, CACHE / MERGES_URL.rpartition("/")[2], MERGES_SHA256)
-    return Tokenizer(words or [], config.vocab)
+    if given:
+        merges = given
+    elif "merges" in metadata:
+        merges = metadata["merges"].splitlines()
+    elif (folder / "merges.txt").exists():
+        merges = folder / "merges.txt"
+    elif config.vocab == OPENAI_VOCAB:
+        merges = download(MERGES_URL, CACHE / MERGES_URL.rpartition("/")[2], MERGES_SHA256)
+    else:
+        merges = []
+    return Tokenizer(merges, config.vocab)
 
 
-def load(path: str | Path | None = None, device: str | torch.device = "cpu",
-         dtype: torch.dtype = torch.float32) -> tuple[CLIP, Tokenizer]:
-    """Frozen backbone in eval mode and its tokenizer.
-
-    path: our own safetensors, a Hugging Face or open_clip folder or its file, "hf-hub:org/name", OpenAI's
-    .pt; None is ViT-B/16, downloaded once, checked, converted and kept in the cache. Raises WeightsError.
-    """
-    clip, tokenizer = _read(_vit_b16() if path is None else Path(path), None)
+def _fingerprint(clip: CLIP) -> str:
+    """16 hex digits of tensors as stored, so the same in all formats, and of what they don't tell."""
     weights, digest = clip.state_dict(), hashlib.sha256()
-    for name, tensor in sorted(weights.items()):                       # as stored, so the same in all formats
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     if clip.config != CLIPConfig.from_weights(weights):                  # the tensors alone tell another one
         digest.update(repr(clip.config).encode())
-    clip.fingerprint = digest.hexdigest()[:16]
-    return clip.to(device, dtype), tokenizer
+    return digest.hexdigest()[:16]
 
+
+def from_weights(weights: Weights) -> CLIP:
+    """Frozen backbone in eval mode of tensors under OpenAI's names or any others that `load` reads.
+
+    What tensors can't tell (activation, pixels) is as the family's own models have it. Raises WeightsError.
+    """
+    with failing("cannot use the weights"):
+        weights = _our_names(weights)
+        return _filled(weights, CLIPConfig.from_weights(weights))
+
+
+# ---------------------------------------------------------------------------------------- weights: giving out
+
+# `convert` writes one file in our own format, which stands alone: our names, the config and the tokenizer in
+# its metadata. `hugging_face` is the way back to the others' names and configs, by the same tables.
 
 def convert(source: str | Path, target: str | Path, merges: str | Path | None = None) -> None:
     """Write weights of any format as our safetensors, with config and tokenizer in it. Raises WeightsError.
 
     merges: the file of merges (SigLIP: tokenizer.json), where the source has none.
     """
-    clip, tokenizer = _read(Path(source), merges)
+    clip, tokenizer = load(source, dtype=None, merges=merges)
     save(clip.state_dict(), target, {"config": json.dumps(asdict(clip.config)), **tokenizer.metadata})
 
 
-def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str]) -> None:
+def save(tensors: Weights, target: str | Path, metadata: dict[str, str]) -> None:
     """One safetensors file, there whole or not at all; a link stays one. Raises WeightsError."""
     target = Path(os.path.realpath(target))
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
@@ -822,6 +827,57 @@ def save(tensors: dict[str, Tensor], target: str | Path, metadata: dict[str, str
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)
+
+
+def hugging_face(clip: CLIP) -> tuple[Weights, dict]:
+    """State dict under Hugging Face's names and its config.json; PE-Core: open_clip's names and config.
+
+    Hugging Face itself reads mean and std off another file, preprocessor_config.json (image_mean, image_std).
+    """
+    c, theirs, config = clip.config, {}, {}
+    rows = [[ours, name, *how] for name, ours, *how in _rows(NAMES[c.family])]
+    for name, tensor in clip.state_dict().items():
+        new, *how = _renamed(name, rows)
+        if how:
+            tensor = tensor.T if how == ["T"] else tensor[(None,) * int(how[0])]
+        if new in theirs:                                                # q, k and v are one there
+            tensor = torch.cat([theirs[new], tensor])
+        theirs[new] = tensor.contiguous()
+    fields = asdict(c) | {"vision_heads": c.vision_width // c.vision_head,
+                          "text_heads": c.text_width // c.text_head}
+    if c.family == "pe-core":
+        size = {192: "tiny", 384: "small", 1024: "large"}.get(c.vision_width, "base")
+        trunk = f"vit_pe_core_{size}_patch{c.patch}_{c.image}"
+        table, flat = OPEN_CLIP_CONFIG, {
+            "model_cfg.custom_text": True, "model_cfg.vision_cfg.timm_model_name": trunk,
+            "model_cfg.vision_cfg.timm_pool": "map", "model_cfg.vision_cfg.timm_proj": None}
+    else:
+        table, flat = HUGGING_FACE_CONFIG, {
+            "vision_config.intermediate_size": 4 * c.vision_width,
+            "text_config.intermediate_size": 4 * c.text_width, "text_config.eos_token_id": c.vocab - 1}
+    flat |= {path: fields[field] for field, path in _rows(table)}
+    for path, value in flat.items():
+        *above, key = path.split(".")
+        inner = config
+        for part in above:
+            inner = inner.setdefault(part, {})
+        inner[key] = value
+    return theirs, config
+
+
+# ------------------------------------------------------------------------------------------ weights: fetching
+
+# OpenAI's ViT-B/16 and its merges are fetched once, checked by their SHA-256 and kept in CACHE.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").removeprefix("~/")) / "atha"
+VIT_B16_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+VIT_B16_URL = f"https://openaipublic.azureedge.net/clip/models/{VIT_B16_SHA256}/ViT-B-16.pt"
+OPENAI_SHA256 = {    # what may be opened as TorchScript, which runs code: ViT-B/32, B/16, L/14, L/14@336
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", VIT_B16_SHA256,
+    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+}
+MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+MERGES_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
 
 
 def _vit_b16() -> Path:
@@ -845,6 +901,10 @@ def locked(target: Path) -> Iterator[None]:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def download(url: str, target: Path, sha256: str) -> Path:
@@ -883,17 +943,14 @@ def read_picture(path: str | Path, config: CLIPConfig) -> Tensor:
     """
     from PIL import Image
     from torchvision.transforms.v2 import functional as TF
-    content = io.BytesIO(read_ordinary(path))
-    with failing(f"cannot read the picture {path}"):
-        image = Image.open(content, formats=PICTURES)
+    with failing(f"cannot read the picture {path}"), Image.open(ordinary(path), formats=PICTURES) as image:
         if image.mode[0] in "IF":
             raise WeightsError("it has more than 8 bits a channel, which would be cut off")
         image = image.convert("RGB")
+    size, way = [config.image, config.image], TF.InterpolationMode.BILINEAR
     if config.family == "clip":
-        image = TF.resize(image, config.image, TF.InterpolationMode.BICUBIC)
-    else:
-        image = TF.resize(image, [config.image, config.image], TF.InterpolationMode.BILINEAR)
-    image = TF.center_crop(image, config.image)
+        size, way = config.image, TF.InterpolationMode.BICUBIC
+    image = TF.center_crop(TF.resize(image, size, way), config.image)
     pixels = TF.to_dtype(TF.pil_to_tensor(image), torch.float32, scale=True)[None]
     return TF.normalize(pixels, config.mean, config.std)
 
@@ -914,9 +971,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "convert":
             return convert(args.source, args.target, args.merges)
         clip, tokenizer = load(args.weights)
-        image = F.normalize(clip.encode_image(read_picture(args.image, clip.config)), dim=-1)
-        text = F.normalize(clip.encode_text(tokenizer(args.texts, clip.config.context)), dim=-1)
-        chances = (clip.logit_scale.exp() * image @ text.T).softmax(-1)[0].tolist()
+        image = clip.encode_image(read_picture(args.image, clip.config))                          # (1, embed)
+        text = clip.encode_text(tokenizer(args.texts, clip.config.context))                       # (N, embed)
+        chances = (clip.logit_scale.exp() * F.cosine_similarity(image, text)).softmax(-1).tolist()
         for chance, label in sorted(zip(chances, args.texts), reverse=True):
             print(f"{100 * chance:6.2f} %  {label}")
     except WeightsError as e:

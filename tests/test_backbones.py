@@ -280,7 +280,7 @@ CONFIGS = {    # golden folder, where in its config, the value put there, what m
     "kind": ("hf-clip-gelu", "model_type", "siglip", "Missing key(s)"),
     "NaFlex": ("hf-siglip2", "model_type", "siglip2", "siglip2"),
     "kind of SigLIP": ("hf-siglip2", "model_type", "clip", "Missing key(s)"),
-    "no dictionary": ("hf-siglip2", "vision_config", 7, "TypeError"),
+    "no dictionary": ("hf-siglip2", "vision_config", 7, "its vision_config is 7"),
     "average pooling": ("open_clip-gelu", "model_cfg.vision_cfg.pool_type", "avg", "pool_type = 'avg'"),
     "no ln_pre": ("open_clip-gelu", "model_cfg.vision_cfg.no_ln_pre", True, "no_ln_pre = True"),
     "heads of 80": ("open_clip-gelu", "model_cfg.vision_cfg.head_width", 80, "vision_width 128: no such"),
