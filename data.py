@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import cache, cached_property, partial
-from math import ceil, inf, pi, prod
+from math import ceil, pi, prod
 from pathlib import Path
 from posixpath import join                          # a listing's paths are the same on every system
 from typing import NamedTuple
@@ -37,6 +37,7 @@ try:
 except ImportError:                                                      # Windows: see `locked`
     fcntl = None
 
+RGB = tuple[float, float, float]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # CLIP's, of RGB
 # A user id without a name and without HOME keeps "~", so its cache is where the run is: .cache/atha
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").removeprefix("~/")) / "atha"
@@ -657,12 +658,12 @@ def decode_all(paths: list[str], size: int, place: Path, fingerprint: str) -> No
 # ----------------------------------------------------------------------------------------------- augmentation
 
 @cache
-def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+def of_channels(values: RGB, device: torch.device) -> Tensor:
     """(3, 1, 1), copied to the device once: a copy in every step would make the host wait for the GPU."""
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+def normalize(images: Tensor, mean: RGB = MEAN, std: RGB = STD) -> Tensor:
     """(..., 3, S, S) in 0..1 -> normalised by a backbone's mean and std."""
     return (images - of_channels(tuple(mean), images.device)) / of_channels(tuple(std), images.device)
 
@@ -672,8 +673,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     return TF.resize(images / 255 if images.dtype == torch.uint8 else images, [size, size])
 
 
-def plain(images: Tensor, size: int, centre: bool = False, mean: tuple[float, ...] = MEAN,
-          std: tuple[float, ...] = STD) -> Tensor:
+def plain(images: Tensor, size: int, centre: bool = False, mean: RGB = MEAN,
+          std: RGB = STD) -> Tensor:
     """(..., 3, S, S) uint8 -> (..., 3, size, size) normalised; centre: of 257/224 the size, cropped."""
     whole = round(size * 257 / 224) if centre else size
     inside = slice((whole - size) // 2, (whole - size) // 2 + size)
@@ -729,11 +730,22 @@ def five_views(images: Tensor, u: Tensor) -> Tensor:
                       images.flip(-1)], 1)
 
 
+def once(make: Callable) -> Callable:
+    """A method of Batches whose result is kept until another step is asked for; full batches are all one."""
+    def kept(self: Batches, step: int) -> Tensor:
+        if self.mini and step != self.step:
+            self.step, self.made = step, {}
+        if make not in self.made:
+            self.made[make] = make(self, step)
+        return self.made[make]
+    return kept
+
+
 @dataclass(eq=False)
 class Batches:
     """The pictures of each training step, for E tasks at once, the same whenever a step is asked for.
 
-    All chance is drawn from each task's own seed. A full batch is indexed once, mini-batches step by step.
+    All chance is drawn from each task's own seed. A full batch is made once, mini-batches step by step.
     """
     images: Tensor                      # (N, 3, S, S) uint8, a pool's
     support: Tensor                     # (E, M) rows of it
@@ -746,15 +758,14 @@ class Batches:
     minibatch: int = 0                  # pictures a step, shuffled anew in each epoch; 0: all
     area: float = 0.5                   # of the smallest crop
     bicubic: bool = False               # the crop's interpolation
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    mean: RGB = MEAN
+    std: RGB = STD
     device: torch.device | str = "cpu"
     told: Callable[[int], object] = int # hears of every step asked for; int: nobody does
 
     def __post_init__(self):
         tasks, self.pictures = self.support.shape                        # E, M
-        views = 5 if self.augment == "views" else 1
-        self.shown = views * self.pictures                               # in an epoch
+        self.shown = self.pictures * (5 if self.augment == "views" else 1)       # in an epoch
         self.mini = 0 < self.minibatch < self.shown
         self.batch = self.minibatch if self.mini else self.shown         # B
         self.different = self.batch if self.mini else self.pictures      # K
@@ -765,15 +776,29 @@ class Batches:
         picture = order % self.pictures
         self.order, self.places = order.to(self.device), self.support.gather(1, picture)
         self.truth = self.labels.gather(1, picture).to(self.device)
-        if views > 1:
-            self.turns = self.uniform("views", self.pictures, 8).to(self.device)
-        self.block = max(1, min(self.steps, 2 ** 25 // (5 * self.shown * tasks)))
-        self.drawn = inf                # the block of steps whose crops are at hand
-        self.made = {}                  # what was made last, and of which step
+        self.step, self.made = 0, {}    # see `once`
 
     def uniform(self, what: str, *shape: int) -> Tensor:
         """(E, *shape) in 0..1."""
         return torch.stack([torch.rand(shape, generator=generator(what, seed)) for seed in self.seeds])
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """(E, M, 8) in 0..1: the chance in each picture's views."""
+        return self.uniform("views", self.pictures, 8).to(self.device)
+
+    @cached_property
+    def crops(self) -> Tensor:
+        """(steps, E, B, 5) in 0..1: the chance in each crop, on the device before the first step needs it.
+
+        Each step draws for all that an epoch shows; a mini-batch keeps as many as it has pictures.
+        """
+        drawn = torch.empty(self.steps, len(self.seeds), self.batch, 5)
+        for task, seed in enumerate(self.seeds):
+            stream = generator("crop", seed)
+            for step in range(self.steps):
+                drawn[step, task] = torch.rand(self.shown, 5, generator=stream)[: self.batch]
+        return drawn.to(self.device)
 
     def part(self, of_all: Tensor, step: int, count: int) -> Tensor:
         """A step's first columns of (E, all that the steps show); full batches all show the same."""
@@ -783,28 +808,24 @@ class Batches:
         """(E, B) int64: which of all that is shown the step shows; row r is view r // M of picture r % M."""
         return self.part(self.order, step, self.batch)
 
-    def once(self, make: Callable[[int], Tensor], step: int) -> Tensor:
-        """What `make` makes of a step, the last one kept: of a full batch it is made once for all steps."""
-        step = step if self.mini else 0
-        if self.made.get(make.__name__, (None,))[0] != step:
-            self.made[make.__name__] = step, make(step)
-        return self.made[make.__name__][1]
-
+    @once
     def taken(self, step: int) -> Tensor:
         """The step's pictures without views (E, K, 3, S, S) uint8, on the device."""
         pictures = self.images[self.part(self.places, step, self.different)]
         pictures = pictures.pin_memory() if torch.device(self.device).type == "cuda" else pictures
         return pictures.to(self.device, non_blocking=True)
 
+    @once
     def still(self, step: int) -> Tensor:
         """Without augmentation, (E, K, 3, size, size)."""
-        return plain(self.once(self.taken, step), self.size, self.augment == "none", self.mean, self.std)
+        return plain(self.taken(step), self.size, self.augment == "none", self.mean, self.std)
 
+    @once
     def prepared(self, step: int) -> Tensor:
         """The step's pictures (E, B, 3, s, s), but for the crop, which differs in every step."""
-        pictures = self.once(self.taken, step)
         if self.augment == "none":
-            return self.once(self.still, step)
+            return self.still(step)
+        pictures = self.taken(step)
         if self.augment == "crop":
             # grid_sample does not average: shrink first, until the smallest crop has about `size` pixels
             return resize(pictures, min(pictures.shape[-1], ceil(self.size * self.area ** -0.5)))
@@ -816,30 +837,18 @@ class Batches:
             return views
         return views[task, rows // self.pictures * self.batch + torch.arange(self.batch, device=self.device)]
 
-    def crops(self, step: int) -> Tensor:
-        """(E, B, 5) in 0..1. A task's numbers are one stream through the steps, read on or from the start."""
-        block = step // self.block
-        if block < self.drawn:
-            self.streams, self.drawn = [generator("crop", seed) for seed in self.seeds], -1
-        while self.drawn < block:
-            numbers = [torch.rand(self.block, self.shown, 5, generator=g) for g in self.streams]
-            numbers = torch.stack([of_task[:, : self.batch] for of_task in numbers], 1)
-            self.numbers = numbers.to(self.device)                       # (steps of the block, E, B, 5)
-            self.drawn += 1
-        return self.numbers[step % self.block]
-
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Pictures (E, B, 3, size, size), normalised, and labels (E, B)."""
         self.told(step)
-        pictures = self.once(self.prepared, step)
+        pictures = self.prepared(step)
         if self.augment == "crop":
-            pictures = random_crop(pictures, self.crops(step), self.size, self.area, self.bicubic)
+            pictures = random_crop(pictures, self.crops[step], self.size, self.area, self.bicubic)
             pictures = normalize(pictures, self.mean, self.std)
         return pictures, self.part(self.truth, step, self.batch)
 
     def plain(self, step: int) -> tuple[Tensor, Tensor]:
         """Without augmentation: pictures (E, K, 3, size, size), labels (E, K); all M of a full batch."""
-        return self.once(self.still, step), self.part(self.truth, step, self.different)
+        return self.still(step), self.part(self.truth, step, self.different)
 
 
 # ---------------------------------------------------------------------------------------------- the toy world
