@@ -159,8 +159,7 @@ class Pool:
     def by_class(self, rows: Tensor) -> list[Tensor]:
         """Rows (n,) sorted into one tensor a class."""
         labels = self.labels[rows]
-        counts = labels.bincount(minlength=len(self.classes))
-        return list(rows[labels.argsort(stable=True)].split(counts.tolist()))
+        return [rows[labels == label] for label in range(len(self.classes))]
 
     @cached_property
     def everything(self) -> list[Tensor]:
@@ -239,7 +238,7 @@ def listed(rows: list[Row], classes: list[str], source: Path,
 
     Raises DataError where that cannot be, whatever the lister.
     """
-    class_of, parts, known = {}, {"": [], "train": [], "test": []}, set(classes)
+    class_of, part_of, known = {}, {}, set(classes)
     if len(known) < len(classes):
         raise DataError(f"{source} gives two labels one name")
     for part, picture, name in rows:
@@ -249,17 +248,18 @@ def listed(rows: list[Row], classes: list[str], source: Path,
             raise DataError(f"{source}: {picture!r} is of {name!r}, which is none of its classes")
         if class_of.setdefault(picture, name) != name:
             raise DataError(f"{source} has {picture!r} as {class_of[picture]!r} and as {name!r}")
-        parts[part].append(picture)
-    if not rows or bool(parts["train"]) != bool(parts["test"]):
+        if part and part_of.setdefault(picture, part) != part:
+            raise DataError(f"{source} has {picture!r} in train and in test: it would be tested by heart")
+    if not rows or len(set(part_of.values())) == 1:
         raise DataError(f"{source} lists no pictures{' of train or of test' if rows else ''}")
-    if both := set(parts["train"]) & set(parts["test"]):
-        raise DataError(f"{source} has {min(both)!r} in train and in test: it would be tested by heart")
     there = set(class_of.values())
     classes = [name for name in classes if name in there]
     with refusing(f"{source}: no text can be made of a class name, which is not UTF-8"):
         "".join(classes).encode()
     label, place = ({name: number for number, name in enumerate(names)} for names in (classes, class_of))
-    places = {part: [place[picture] for picture in parts[part]] for part in ("train", "test")}
+    places = {"train": [], "test": []}
+    for picture, part in part_of.items():
+        places[part].append(place[picture])
     return {picture: label[name] for picture, name in class_of.items()}, classes, places
 
 
@@ -297,41 +297,37 @@ def visible(folder: Path) -> list[list[str]]:
     return [sorted(name for name in names if not name.startswith(".")) for names in both]
 
 
-def list_folders(root: Path, under: str = "") -> Found:
-    """Class folders; or train/ and test/ (else val/), which hold class folders: the split.
+def list_folders(root: Path, under: str = "", names: dict[str, str] = {}) -> Found:
+    """Class folders, each called as in names; or train/ and test/ (else val/) that hold them: the split.
 
-    What is no picture is left out, and empty class folders are named.
+    What is left out is told, but for files that are no pictures.
     """
     test = "test" if os.path.isdir(root / under / "test") else "val"
     parts = {join(under, "train"): "train", join(under, test): "test"}
     if not all(os.path.isdir(root / place) and visible(root / place)[0] for place in parts):
         parts = {under: ""}
-    rows, empty, stray = [], [], []
+    rows, left = [], []
     for place, part in parts.items():
         folders, files = visible(root / place)
-        stray += [f for f in files if f.lower().endswith(IMG_EXTENSIONS) or not (root / place / f).exists()]
+        left += [f for f in files if f.lower().endswith(IMG_EXTENSIONS) or not (root / place / f).exists()]
         for folder in folders:
             deeper, files = visible(root / place / folder)
-            found = [f for f in files if f.lower().endswith(IMG_EXTENSIONS)]
-            rows += [(part, join(place, folder, picture), folder) for picture in found]
-            stray += [join(folder, name) for name in deeper]
-            empty += [] if found else [folder]
-    more = f" and {len(stray) - 5} more" if len(stray) > 5 else ""
-    left = {"no pictures in": ", ".join(empty), "not right in a class folder": ", ".join(stray[:5]) + more}
-    if rows and any(left.values()):
-        progress(f"left out, {'; '.join(f'{why}: {what}' for why, what in left.items() if what)}")
+            pictures = [f for f in files if f.lower().endswith(IMG_EXTENSIONS)]
+            rows += [(part, join(place, folder, f), names.get(folder, folder)) for f in pictures]
+            left += [join(folder, name) for name in deeper] if pictures else [folder]
     if not rows:
         raise DataError(f"no class folders with pictures in {root / under}")
-    return Found(rows, list(dict.fromkeys(folder for _, _, folder in rows)), root / under)
+    if left:
+        more = f" and {len(left) - 9} more" if len(left) > 9 else ""
+        progress(f"left out, without pictures or not right in a class folder: {', '.join(left[:9])}{more}")
+    return Found(rows, list(dict.fromkeys(name for _, _, name in rows)), root / under)
 
 
 def list_imagenet(root: Path) -> Found:
     """Folders n01440764, ... in train/ and val/; classnames.txt has lines of such a name and its words."""
-    rows, folders, _ = list_folders(root)
     table = root / "classnames.txt"
     words = dict(line.partition(" ")[::2] for line in read_text(table).splitlines())
-    rows = [(part, picture, words.get(folder, folder)) for part, picture, folder in rows]
-    return Found(rows, [words[folder] for folder in folders if folder in words], table)
+    return Found(list_folders(root, names=words).rows, list(words.values()), table)
 
 
 def list_aircraft(root: Path) -> Found:
@@ -376,12 +372,11 @@ OTHERS = "No Finding|Consolidation|Edema|Emphysema|Fibrosis|Hernia|Pleural_Thick
 
 def list_eurosat(root: Path) -> Found:
     """All class folders, in their order, for episodes; where CoOp's split is beside them, its parts too."""
-    rows, folders, source = list_folders(root, "2750")
-    if os.path.exists(root / EUROSAT_SPLIT):
-        split, _, source = list_split(root, EUROSAT_SPLIT, "2750")
-        rows += split
-    rows = [(part, picture, EUROSAT.get(name, name)) for part, picture, name in rows]
-    return Found(rows, [EUROSAT.get(folder, folder) for folder in folders], source)
+    found = list_folders(root, "2750", EUROSAT)
+    if not os.path.exists(root / EUROSAT_SPLIT):
+        return found
+    split = list_split(root, EUROSAT_SPLIT, "2750")
+    return Found(found.rows + split.rows, found.classes, split.source)
 
 
 def list_isic(root: Path) -> Found:
@@ -416,7 +411,7 @@ def fetch_isic(target: Path) -> None:
     for part in ("Input", "GroundTruth"):
         url = f"https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task3_Training_{part}.zip"
         progress(f"downloading {url}")
-        download_and_extract_archive(url, str(target), remove_finished=True)
+        download_and_extract_archive(url, target, remove_finished=True)
 
 
 class Dataset(NamedTuple):
@@ -426,9 +421,9 @@ class Dataset(NamedTuple):
     needs: tuple[str, ...]
     source: str
     fetch: Callable[[Path], object] | None = None
-    split: str = ""                     # the file or folder that makes a test split, if it has one
     size: int = 256                     # pixels a side that are kept
-    prompt: str | None = None           # of the few-shot protocol
+    prompt: str | None = None           # of the few-shot protocol, if it has a test split
+    split: str = ""                     # a file that is needed for the split alone
 
 
 COOP = "DATASETS.md in github.com/KaiyangZhou/CoOp"
@@ -436,53 +431,48 @@ NO_SPLIT = ("this dataset has no split of its own: it takes train/ and test/ (or
             f"or for a known set its split_zhou_<Name>.json ({COOP})")
 KAGGLE = "curl -L -o a.zip https://www.kaggle.com/api/v1/datasets/download/"
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
+
+
+def coop_set(folder: str, split: str, pictures: str, prompt: str, source: str) -> Dataset:
+    """A set whose split is CoOp's file split_zhou_<split>.json, with the folder that its paths begin in."""
+    split = f"split_zhou_{split}.json"
+    return Dataset(folder, partial(list_split, split=split, pictures=pictures), (split, pictures),
+                   f"the pictures from {source}, the split from {COOP}", prompt=prompt)
+
+
 DATASETS = {
     "eurosat": Dataset("eurosat", list_eurosat, ("2750",), "the pictures from https://github.com/phelber/"
                        f"EuroSAT (a run without the split fetches them), the split from {COOP}",
-                       fetch=lambda target: EuroSAT(str(target.parent), download=True), split=EUROSAT_SPLIT,
+                       fetch=lambda target: EuroSAT(target.parent, download=True), split=EUROSAT_SPLIT,
                        size=64, prompt="a centered satellite photo of {}."),
-    "isic": Dataset("ISIC", list_isic, (), "https://challenge.isic-archive.com/data", fetch=fetch_isic),
+    "isic": Dataset("ISIC", list_isic, ("ISIC2018_Task3_Training_GroundTruth",),
+                    "https://challenge.isic-archive.com/data", fetch=fetch_isic),
     "cropdiseases": Dataset("CropDiseases", partial(list_folders, under="train"), ("train",),
                             f"{KAGGLE}saroz014/plant-disease, its class folders in CropDiseases/train/"),
-    "chestx": Dataset("ChestX", list_chestx, (), f"{KAGGLE}nih-chest-xrays/data (42 GB), with "
-                      "Data_Entry_2017.csv and images/ or images_0NN/images/ in ChestX/"),
+    "chestx": Dataset("ChestX", list_chestx, ("Data_Entry_2017.csv",),
+                      f"{KAGGLE}nih-chest-xrays/data (42 GB), with Data_Entry_2017.csv and images/ or "
+                      "images_0NN/images/ in ChestX/"),
     "imagenet": Dataset("imagenet", list_imagenet, ("classnames.txt", "train", "val"),
                         "the class folders train/ and val/ from https://image-net.org, "
-                        f"classnames.txt from {COOP}", split="val", prompt="itap of a {}."),
+                        f"classnames.txt from {COOP}", prompt="itap of a {}."),
     "aircraft": Dataset("fgvc_aircraft", list_aircraft, ("variants.txt", "images_variant_train.txt",
                         "images_variant_test.txt", "images"), f"{OXFORD}fgvc-aircraft/ (its data/ folder)",
-                        split="images_variant_test.txt", prompt="a photo of a {}, a type of aircraft."),
+                        prompt="a photo of a {}, a type of aircraft."),
+    "sun397": coop_set("SUN397", "SUN397", "SUN397", "a photo of a {}.",
+                       "https://vision.princeton.edu/projects/2010/SUN/"),
+    "cars": coop_set("StanfordCars", "StanfordCars", "", "a photo of a {}.",
+                     "https://ai.stanford.edu/~jkrause/cars/car_dataset.html"),
+    "food101": coop_set("Food101", "Food101", "images", "a photo of {}, a type of food.",
+                        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"),
+    "pets": coop_set("OxfordPets", "OxfordPets", "images", "a photo of a {}, a type of pet.",
+                     f"{OXFORD}pets/"),
+    "flowers": coop_set("Flower102", "OxfordFlowers", "jpg", "a photo of a {}, a type of flower.",
+                        f"{OXFORD}flowers/102/"),
+    "caltech101": coop_set("Caltech101", "Caltech101", "101_ObjectCategories", "a photo of a {}.",
+                           "https://data.caltech.edu/records/mzrjq-6wc02"),
+    "dtd": coop_set("DTD", "DescribableTextures", "images", "{} texture.", f"{OXFORD}dtd/"),
+    "ucf101": coop_set("UCF101", "UCF101", "UCF-101-midframes", "a photo of a person doing {}.", COOP),
 }
-# Those whose split is CoOp's file: name, folder, its split's name, pictures under, prompt, where to get it
-COOP_SETS = f"""
-sun397     | SUN397       | SUN397              | SUN397               | a photo of a {{}}.\
-           | https://vision.princeton.edu/projects/2010/SUN/
-cars       | StanfordCars | StanfordCars        |                      | a photo of a {{}}.\
-           | https://ai.stanford.edu/~jkrause/cars/car_dataset.html
-food101    | Food101      | Food101             | images               | a photo of {{}}, a type of food.\
-           | https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/
-pets       | OxfordPets   | OxfordPets          | images               | a photo of a {{}}, a type of pet.\
-           | {OXFORD}pets/
-flowers    | Flower102    | OxfordFlowers       | jpg                  | a photo of a {{}}, a type of flower.\
-           | {OXFORD}flowers/102/
-caltech101 | Caltech101   | Caltech101          | 101_ObjectCategories | a photo of a {{}}.\
-           | https://data.caltech.edu/records/mzrjq-6wc02
-dtd        | DTD          | DescribableTextures | images               | {{}} texture.\
-           | {OXFORD}dtd/
-ucf101     | UCF101       | UCF101              | UCF-101-midframes    | a photo of a person doing {{}}.\
-           | {COOP}
-"""
-
-
-def coop_set(row: str) -> tuple[str, Dataset]:
-    """Name and set of a row of COOP_SETS."""
-    name, folder, split, pictures, prompt, source = map(str.strip, row.split("|"))
-    split = f"split_zhou_{split}.json"
-    return name, Dataset(folder, partial(list_split, split=split, pictures=pictures), (split, pictures),
-                         f"the pictures from {source}, the split from {COOP}", split=split, prompt=prompt)
-
-
-DATASETS |= dict(map(coop_set, COOP_SETS.strip().splitlines()))
 PAPERS = "eurosat isic cropdiseases chestx".split()                      # the three papers' targets
 FSL = "imagenet sun397 aircraft eurosat cars food101 pets flowers caltech101 dtd ucf101".split()
 
@@ -490,15 +480,15 @@ FSL = "imagenet sun397 aircraft eurosat cars food101 pets flowers caltech101 dtd
 def check(name: str, root: str | Path = "datasets", split: bool = False) -> None:
     """Raises DataError where `load` (or `Pool.split`, if wanted) is sure to: before anything is fetched."""
     known = DATASETS.get(name)
-    if split and (name == "toy" or known and not known.split):
-        raise DataError(NO_SPLIT)
     if not known and name != "toy" and not os.path.isdir(name):
         raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}, toy, or give a folder")
+    if split and (name == "toy" or known and not known.prompt):
+        raise DataError(NO_SPLIT)
     # what is not there at all can be fetched, but no split is
     if known and (split or not known.fetch or os.path.isdir(Path(root) / known.folder)):
-        for path in ("", *known.needs, known.split if split else ""):
+        for path in (*known.needs, known.split if split else ""):
             place = Path(root) / known.folder / path
-            if not os.path.exists(place):
+            if not place.exists():
                 raise DataError(f"{name} needs {place}, which is not there; get {known.source}")
 
 
@@ -525,45 +515,47 @@ def load_folder(path: str | Path) -> Pool:
 
 def try_lock(file) -> bool:
     """Whether this process now is the one that writes an open file; without locks here, it always is."""
-    with suppress(AttributeError):                                       # no fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:                                                  # a file system without locks
-            pass
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (AttributeError, OSError):                                # no fcntl; a file system without locks
+        pass
     return True
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time, so that the second finds the work done. Without locks both do it: no harm."""
-    with open(path, "a+") as lock:
+def replacing(target: Path) -> Iterator[Path]:
+    """Where to make a file or folder, which then takes the target's place: it is there whole or not at all.
+
+    One process at a time, so that the second finds the work done. Without locks both do it: no harm.
+    """
+    part = target.with_name(f".{target.name.removeprefix('.')}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{part}.lock", "a+") as lock:
         if not try_lock(lock):
-            progress(f"waiting for another run that is busy with {path.parent}")
+            progress(f"waiting for another run that is busy with {target.parent}")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        shutil.rmtree(part, ignore_errors=True)                          # of a run that was killed
+        part.mkdir()
+        try:
+            yield part / target.name
+            if os.path.exists(part / target.name):
+                os.replace(part / target.name, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def fetch(name: str, folder: Path) -> None:
-    """Fetch into a folder beside, then rename: the dataset is there whole or not at all."""
-    part = folder.with_name(f".{folder.name}.part")
+    """Download a dataset. Raises DataError."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(Path(f"{part}.lock")):
-            if folder.is_dir():
-                return
-            progress(f"{name} is not at {folder}: downloading it")
-            shutil.rmtree(part, ignore_errors=True)                      # of a run that was killed
-            try:
-                DATASETS[name].fetch(part / folder.name)
-                os.replace(part / folder.name, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+        with replacing(folder) as target:
+            if not folder.is_dir():
+                progress(f"{name} is not at {folder}: downloading it")
+                DATASETS[name].fetch(target)
     except Exception as e:                                   # of files, sockets, HTTP, zip, zlib: all sorts
-        raise DataError(f"cannot download {name} ({e}): "
-                        f"fetch it on another machine and put it at {folder}, so that there is "
-                        f"{folder / (DATASETS[name].needs or ('',))[0]}") from e
+        raise DataError(f"cannot download {name} ({e}): fetch it on another machine and put it at {folder}, "
+                        f"so that there is {folder / DATASETS[name].needs[0]}") from e
 
 
 # ---------------------------------------------------------------------------------------- the one-tensor file
@@ -594,65 +586,62 @@ def decoded(folder: Path, known: Dataset, places: list[Path]) -> Pool:
     sizes = [s.st_size for s in stats]
     fingerprint = digest(pictures, sizes, [s.st_mtime_ns for s in stats], size)
     cache = CACHE / f"{digest(os.fsencode(folder.resolve()))}-{size}.u8"
-    images = keep(paths, (len(paths), 3, size, size), fingerprint, [*places, cache])
+    images = keep(paths, size, fingerprint, [*places, cache])
     split = {part: torch.tensor(rows) for part, rows in parts.items() if rows}
     name = digest(pictures, sizes, labels, classes, size)
     return Pool(images, torch.tensor(labels), classes, name, known.prompt, **split)
 
 
-def keep(paths: list[str], shape: tuple[int, ...], fingerprint: str, places: list[Path]) -> Tensor:
-    """The pictures from the first place that holds them, else decoded into the first that can be written."""
+def keep(paths: list[str], size: int, fingerprint: str, places: list[Path]) -> Tensor:
+    """The pictures from the first place that holds them, else decoded into the first that can be written.
+
+    A file is the pictures, then the fingerprint. It is mapped: read as it is indexed.
+    """
+    shape = len(paths), 3, size, size
+
+    def mapped(place: Path) -> Tensor:
+        shared = os.access(place, os.W_OK)          # where it can be: a private map counts as memory
+        return torch.from_file(str(place), shared=shared, size=prod(shape), dtype=torch.uint8).view(shape)
     for place in places:
-        if (images := mapped(place, shape, fingerprint)) is not None:
-            return images
+        if ends_with(place, prod(shape), fingerprint):
+            return mapped(place)
     for place in places:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with locked(Path(f"{place}.lock")):
-                if mapped(place, shape, fingerprint) is None:
-                    decode_all(paths, shape[-1], place, fingerprint)
-            if (images := mapped(place, shape, fingerprint)) is None:
-                raise OSError("they cannot be mapped into memory there")
-            return images
-        except OSError as e:
+            with replacing(place) as target:
+                if not ends_with(place, prod(shape), fingerprint):
+                    decode_all(paths, size, target, fingerprint)
+            return mapped(place)
+        except (OSError, RuntimeError) as e:                             # RuntimeError: it cannot be mapped
             said = (f"cannot keep decoded pictures ({prod(shape) / 1e9:.1f} GB) in {place.parent}: "
-                    f"{e.strerror or e}")
+                    f"{getattr(e, 'strerror', None) or e}")
             if place == places[-1]:
                 raise DataError(f"{said}; XDG_CACHE_HOME names another place") from e
             progress(f"{said}; they go to {places[-1].parent}")
 
 
-def mapped(place: Path, shape: tuple[int, ...], fingerprint: str) -> Tensor | None:
-    """A file of pictures, read as they are indexed; None if there is none, or it is cut or of other pictures.
-
-    The fingerprint stands behind the pictures: it is written last, and what is mapped begins with them.
-    """
-    with suppress(OSError, DataError, RuntimeError):
+def ends_with(place: Path, length: int, fingerprint: str) -> bool:
+    """Whether a file is so many bytes and the fingerprint: not so if it is cut, or of other pictures."""
+    with suppress(OSError, DataError):
         ordinary(place)
         with open(place, "rb") as file:
-            file.seek(prod(shape))
-            if file.read(len(fingerprint) + 1) == fingerprint.encode():
-                shared = os.access(place, os.W_OK)          # where it can be: a private map counts as memory
-                images = torch.from_file(str(place), shared=shared, size=prod(shape), dtype=torch.uint8)
-                return images.view(shape)
-    return None
+            file.seek(length)
+            return file.read(len(fingerprint) + 1) == fingerprint.encode()
+    return False
 
 
 def decode_all(paths: list[str], size: int, place: Path, fingerprint: str) -> None:
-    """Decode by threads (Pillow lets go of Python's lock) and write in order; the file appears when whole."""
-    part, total, pool = Path(f"{place}.part"), len(paths), ThreadPoolExecutor()
-    pictures = (picture for start in range(0, total, 256)       # a few hundred at a time bound the memory
+    """Decode by threads (Pillow lets go of Python's lock) and write in order, the fingerprint last."""
+    pool = ThreadPoolExecutor()
+    pictures = (picture for start in range(0, len(paths), 256)      # a few hundred at a time bound the memory
                 for picture in pool.map(partial(decode, size=size), paths[start: start + 256]))
-    progress(f"decoding {total} pictures")
+    progress(f"decoding {len(paths)} pictures")
     try:
-        with open(part, "wb") as file:
-            for picture in told(pictures, total, "decoding pictures"):
+        with open(place, "wb") as file:
+            for picture in told(pictures, len(paths), "decoding pictures"):
                 file.write(picture.numpy().tobytes())
             file.write(fingerprint.encode())
-        os.replace(part, place)
     finally:
         pool.shutdown(cancel_futures=True)                               # waits only for the pictures in hand
-        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------- augmentation
@@ -766,8 +755,8 @@ class Batches:
     def __post_init__(self):
         tasks, self.pictures = self.support.shape                        # E, M
         self.shown = self.pictures * (5 if self.augment == "views" else 1)       # in an epoch
-        self.mini = 0 < self.minibatch < self.shown
-        self.batch = self.minibatch if self.mini else self.shown         # B
+        self.batch = min(self.minibatch or self.shown, self.shown)       # B
+        self.mini = self.batch < self.shown
         self.different = self.batch if self.mini else self.pictures      # K
         order = torch.arange(self.shown).expand(tasks, -1)               # (E, all that the steps show)
         if self.mini:
