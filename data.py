@@ -29,7 +29,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch import Tensor, atan2, hypot, maximum, minimum
 from torchvision.datasets import EuroSAT
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 from torchvision.datasets.utils import download_and_extract_archive
 
 try:
@@ -41,7 +41,7 @@ RGB = tuple[float, float, float]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # CLIP's, of RGB
 # A user id without a name and without HOME keeps "~", so its cache is where the run is: .cache/atha
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").removeprefix("~/")) / "atha"
-# What IMG_EXTENSIONS mean, and GIF, as some of Oxford's pets named .jpg are: none needs another program
+# What pictures' endings mean, and GIF, as some of Oxford's pets named .jpg are: none needs another program
 FORMATS = "JPEG PNG PPM BMP TIFF WEBP GIF".split()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # advice about palettes is not for our user
 
@@ -87,6 +87,9 @@ say_once = cache(progress)
 class Clock:
     """Tells how far a piece of work is, the time left first: at once where nothing is done yet (nobody knows
     how long the first part takes), then after a second and ever less often, to every ten.
+
+    What is done in threads comes together, the first after the time of one, from which no rest can be told:
+    only from a fiftieth of all, or ten seconds.
     """
 
     def __init__(self, what: str, total: float):
@@ -101,23 +104,18 @@ class Clock:
             progress(f"{self.what}: {text}, {took:.0f} s")
         elif not done:
             progress(f"{self.what}: {text}", last=False)
-        elif now - self.said > min(10, max(1, took / 20)):
+        elif (50 * done >= self.total or took > 10) and now - self.said > min(10, max(1, took / 20)):
             self.said = now
             left = took / done * max(0, self.total - done)     # the last pass may be longer than what is left
             progress(f"{left:.0f} s left, {text}, {self.what}", last=False)
 
 
 def told(things: Iterable, total: int, what: str) -> Iterator:
-    """The things one by one, telling how far they are; if that was worth telling, also how long it took.
-
-    Threads bring the first ones together after the time of one, from which no rest can be told: only from a
-    fiftieth of them, or ten seconds.
-    """
+    """The things one by one, telling how far they are; if that was worth telling, also how long it took."""
     clock = Clock(what, total)
     for done, thing in enumerate(things, 1):
         yield thing
-        if 50 * done >= total or time.monotonic() - clock.begun > 10:
-            clock.tell(done, f"{done} of {total}", last=done == total and clock.said > clock.begun)
+        clock.tell(done, f"{done} of {total}", last=done == total and clock.said > clock.begun)
 
 
 @contextmanager
@@ -213,8 +211,10 @@ class Pool:
                 raise DataError(f"class {name!r} has no picture in the training split")
             if n < shot:
                 say_once(f"class {name!r} has {n} pictures to learn from, not {shot}: drawn with replacement")
-            order = torch.randint(n, (shot,), generator=g) if n < shot else torch.randperm(n, generator=g)
-            support.append(rows[order[:shot]])
+                order = torch.randint(n, (shot,), generator=g)
+            else:
+                order = torch.randperm(n, generator=g)[:shot]
+            support.append(rows[order])
         classes = torch.arange(len(self.classes))
         labels = classes.repeat_interleave(shot)
         return Task(classes, torch.cat(support), labels, self.test, self.labels[self.test])
@@ -222,22 +222,19 @@ class Pool:
 
 # ------------------------------------------------------------------------------ what is in a dataset's folder
 
-Row = tuple[str, str, str]          # "train", "test" or ""; picture, as a path below the folder; class name
-
-
 class Found(NamedTuple):
     """What a lister finds in a folder: rows, their classes, and what it read, for messages."""
-    rows: list[Row]
+    rows: list[tuple[str, str, str]]    # "train", "test" or ""; picture, as a path below the folder; class
     classes: list[str]                  # in the order of the labels; those without pictures get none
     source: Path
 
 
-def listed(rows: list[Row], classes: list[str], source: Path,
-           ) -> tuple[dict[str, int], list[str], dict[str, list[int]]]:
-    """What was found, each picture once: label of each, classes, places of those in "train" and "test".
+def listed(found: Found) -> tuple[list[str], list[int], list[str], dict[str, Tensor]]:
+    """What was found: pictures, each once, their labels, the classes, and the rows of "train" and "test".
 
     Raises DataError where that cannot be, whatever the lister.
     """
+    rows, classes, source = found
     class_of, part_of, known = {}, {}, set(classes)
     if len(known) < len(classes):
         raise DataError(f"{source} gives two labels one name")
@@ -252,15 +249,14 @@ def listed(rows: list[Row], classes: list[str], source: Path,
             raise DataError(f"{source} has {picture!r} in train and in test: it would be tested by heart")
     if not rows or len(set(part_of.values())) == 1:
         raise DataError(f"{source} lists no pictures{' of train or of test' if rows else ''}")
-    there = set(class_of.values())
-    classes = [name for name in classes if name in there]
+    classes = sorted(set(class_of.values()), key=classes.index)          # those with pictures
     with refusing(f"{source}: no text can be made of a class name, which is not UTF-8"):
         "".join(classes).encode()
-    label, place = ({name: number for number, name in enumerate(names)} for names in (classes, class_of))
-    places = {"train": [], "test": []}
-    for picture, part in part_of.items():
-        places[part].append(place[picture])
-    return {picture: label[name] for picture, name in class_of.items()}, classes, places
+    label_of = {name: label for label, name in enumerate(classes)}
+    row_of = {picture: row for row, picture in enumerate(class_of)}
+    split = {part: torch.tensor([row_of[picture] for picture in part_of if part_of[picture] == part])
+             for part in set(part_of.values())}
+    return list(class_of), [label_of[name] for name in class_of.values()], classes, split
 
 
 def ordinary(path: str | Path) -> os.stat_result:
@@ -309,10 +305,10 @@ def list_folders(root: Path, under: str = "", names: dict[str, str] = {}) -> Fou
     rows, left = [], []
     for place, part in parts.items():
         folders, files = visible(root / place)
-        left += [f for f in files if f.lower().endswith(IMG_EXTENSIONS) or not (root / place / f).exists()]
+        left += [f for f in files if is_image_file(f) or not (root / place / f).exists()]
         for folder in folders:
             deeper, files = visible(root / place / folder)
-            pictures = [f for f in files if f.lower().endswith(IMG_EXTENSIONS)]
+            pictures = [f for f in files if is_image_file(f)]
             rows += [(part, join(place, folder, f), names.get(folder, folder)) for f in pictures]
             left += [join(folder, name) for name in deeper] if pictures else [folder]
     if not rows:
@@ -334,8 +330,9 @@ def list_aircraft(root: Path) -> Found:
     """Lists of FGVC-Aircraft: a picture's name, a space, its variant."""
     rows, variants = [], root / "variants.txt"
     for part in ("train", "test"):
-        lines = [line.partition(" ") for line in read_text(root / f"images_variant_{part}.txt").splitlines()]
-        rows += [(part, f"images/{picture}.jpg", variant) for picture, _, variant in lines]
+        for line in read_text(root / f"images_variant_{part}.txt").splitlines():
+            picture, _, variant = line.partition(" ")
+            rows.append((part, f"images/{picture}.jpg", variant))
     return Found(rows, read_text(variants).splitlines(), variants)
 
 
@@ -375,8 +372,9 @@ def list_eurosat(root: Path) -> Found:
     found = list_folders(root, "2750", EUROSAT)
     if not os.path.exists(root / EUROSAT_SPLIT):
         return found
-    split = list_split(root, EUROSAT_SPLIT, "2750")
-    return Found(found.rows + split.rows, found.classes, split.source)
+    rows, _, source = list_split(root, EUROSAT_SPLIT, "2750")
+    rows = [(part, picture, EUROSAT.get(name, name)) for part, picture, name in rows]
+    return Found(found.rows + rows, found.classes, source)
 
 
 def list_isic(root: Path) -> Found:
@@ -418,8 +416,8 @@ class Dataset(NamedTuple):
     """A known set: its folder under --data, how to list that, what must be in it, where people get it."""
     folder: str
     list: Callable[[Path], Found]
-    needs: tuple[str, ...]
-    source: str
+    needs: tuple[str, ...] = ()
+    source: str = ""
     fetch: Callable[[Path], object] | None = None
     size: int = 256                     # pixels a side that are kept
     prompt: str | None = None           # of the few-shot protocol, if it has a test split
@@ -510,7 +508,7 @@ def load(name: str, root: str | Path = "datasets") -> Pool:
 
 def load_folder(path: str | Path) -> Pool:
     """A folder of class folders, or of train/ and test/ (or val/) that hold them. Raises DataError."""
-    return decoded(Path(path), Dataset("", list_folders, (), ""), [])
+    return decoded(Path(path), Dataset("", list_folders), [])
 
 
 def try_lock(file) -> bool:
@@ -540,7 +538,7 @@ def replacing(target: Path) -> Iterator[Path]:
         part.mkdir()
         try:
             yield part / target.name
-            if os.path.exists(part / target.name):
+            with suppress(FileNotFoundError):                            # where nothing was left to make
                 os.replace(part / target.name, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -578,8 +576,7 @@ def decode(path: str | Path, size: int) -> Tensor:
 def decoded(folder: Path, known: Dataset, places: list[Path]) -> Pool:
     """The dataset in a folder, its pictures kept in the first of `places` that can be written, or CACHE."""
     found, size = known.list(folder), known.size
-    label_of, classes, parts = listed(*found)
-    pictures, labels = list(label_of), list(label_of.values())
+    pictures, labels, classes, split = listed(found)
     paths = [os.path.join(folder, picture) for picture in pictures]
     with refusing(str(found.source), DataError):
         stats = [ordinary(path) for path in told(paths, len(paths), "looking for pictures")]
@@ -587,46 +584,45 @@ def decoded(folder: Path, known: Dataset, places: list[Path]) -> Pool:
     fingerprint = digest(pictures, sizes, [s.st_mtime_ns for s in stats], size)
     cache = CACHE / f"{digest(os.fsencode(folder.resolve()))}-{size}.u8"
     images = keep(paths, size, fingerprint, [*places, cache])
-    split = {part: torch.tensor(rows) for part, rows in parts.items() if rows}
     name = digest(pictures, sizes, labels, classes, size)
     return Pool(images, torch.tensor(labels), classes, name, known.prompt, **split)
 
 
 def keep(paths: list[str], size: int, fingerprint: str, places: list[Path]) -> Tensor:
-    """The pictures from the first place that holds them, else decoded into the first that can be written.
-
-    A file is the pictures, then the fingerprint. It is mapped: read as it is indexed.
-    """
+    """The pictures from the first place that holds them, else decoded into the first that can be written."""
     shape = len(paths), 3, size, size
-
-    def mapped(place: Path) -> Tensor:
-        shared = os.access(place, os.W_OK)          # where it can be: a private map counts as memory
-        return torch.from_file(str(place), shared=shared, size=prod(shape), dtype=torch.uint8).view(shape)
     for place in places:
-        if ends_with(place, prod(shape), fingerprint):
-            return mapped(place)
+        if (images := mapped(place, shape, fingerprint)) is not None:
+            return images
     for place in places:
         try:
             with replacing(place) as target:
-                if not ends_with(place, prod(shape), fingerprint):
+                if mapped(place, shape, fingerprint) is None:
                     decode_all(paths, size, target, fingerprint)
-            return mapped(place)
-        except (OSError, RuntimeError) as e:                             # RuntimeError: it cannot be mapped
+            if (images := mapped(place, shape, fingerprint)) is None:
+                raise OSError("they cannot be mapped into memory there")
+            return images
+        except OSError as e:
             said = (f"cannot keep decoded pictures ({prod(shape) / 1e9:.1f} GB) in {place.parent}: "
-                    f"{getattr(e, 'strerror', None) or e}")
+                    f"{e.strerror or e}")
             if place == places[-1]:
                 raise DataError(f"{said}; XDG_CACHE_HOME names another place") from e
             progress(f"{said}; they go to {places[-1].parent}")
 
 
-def ends_with(place: Path, length: int, fingerprint: str) -> bool:
-    """Whether a file is so many bytes and the fingerprint: not so if it is cut, or of other pictures."""
-    with suppress(OSError, DataError):
-        ordinary(place)
-        with open(place, "rb") as file:
-            file.seek(length)
-            return file.read(len(fingerprint) + 1) == fingerprint.encode()
-    return False
+def mapped(place: Path, shape: tuple[int, ...], fingerprint: str) -> Tensor | None:
+    """A file of pictures, read as they are indexed; None if there is none, or it is cut or of other pictures.
+
+    The fingerprint stands behind the pictures: what is mapped begins with them.
+    """
+    length = prod(shape) + len(fingerprint)
+    with suppress(OSError, DataError, RuntimeError):
+        if ordinary(place).st_size == length:
+            shared = os.access(place, os.W_OK)              # where it can be: a private map counts as memory
+            file = torch.from_file(str(place), shared=shared, size=length, dtype=torch.uint8)
+            if bytes(file[prod(shape):]) == fingerprint.encode():
+                return file[: prod(shape)].view(shape)
+    return None
 
 
 def decode_all(paths: list[str], size: int, place: Path, fingerprint: str) -> None:
@@ -658,8 +654,8 @@ def normalize(images: Tensor, mean: RGB = MEAN, std: RGB = STD) -> Tensor:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(..., 3, S, S) uint8 or float in 0..1 -> (..., 3, size, size) float in 0..1, antialiased."""
-    return TF.resize(images / 255 if images.dtype == torch.uint8 else images, [size, size])
+    """(..., 3, S, S) uint8 -> (..., 3, size, size) float in 0..1, antialiased."""
+    return TF.resize(images / 255, [size, size])
 
 
 def plain(images: Tensor, size: int, centre: bool = False, mean: RGB = MEAN,
@@ -758,13 +754,15 @@ class Batches:
         self.batch = min(self.minibatch or self.shown, self.shown)       # B
         self.mini = self.batch < self.shown
         self.different = self.batch if self.mini else self.pictures      # K
-        order = torch.arange(self.shown).expand(tasks, -1)               # (E, all that the steps show)
         if self.mini:
             epochs = ceil(self.steps * self.batch / self.shown)
             order = self.uniform("order", epochs, self.shown).argsort(-1).flatten(1)
-        picture = order % self.pictures
-        self.order, self.places = order.to(self.device), self.support.gather(1, picture)
-        self.truth = self.labels.gather(1, picture).to(self.device)
+            order = order[:, : self.steps * self.batch].view(tasks, self.steps, self.batch)
+        else:
+            order = torch.arange(self.shown).expand(tasks, self.steps, -1)
+        task, picture = torch.arange(tasks)[:, None, None], order % self.pictures
+        self.order, self.places = order.to(self.device), self.support[task, picture]    # (E, steps, B) each
+        self.truth = self.labels[task, picture].to(self.device)
         self.step, self.made = 0, {}    # see `once`
 
     def uniform(self, what: str, *shape: int) -> Tensor:
@@ -778,29 +776,22 @@ class Batches:
 
     @cached_property
     def crops(self) -> Tensor:
-        """(steps, E, B, 5) in 0..1: the chance in each crop, on the device before the first step needs it.
-
-        Each step draws for all that an epoch shows; a mini-batch keeps as many as it has pictures.
-        """
-        drawn = torch.empty(self.steps, len(self.seeds), self.batch, 5)
+        """(E, steps, B, 5) in 0..1: the chance in each crop. Every step draws for all that an epoch shows."""
+        drawn = torch.empty(len(self.seeds), self.steps, self.batch, 5)
         for task, seed in enumerate(self.seeds):
             stream = generator("crop", seed)
             for step in range(self.steps):
-                drawn[step, task] = torch.rand(self.shown, 5, generator=stream)[: self.batch]
+                drawn[task, step] = torch.rand(self.shown, 5, generator=stream)[: self.batch]
         return drawn.to(self.device)
-
-    def part(self, of_all: Tensor, step: int, count: int) -> Tensor:
-        """A step's first columns of (E, all that the steps show); full batches all show the same."""
-        return of_all.narrow(1, step * self.batch % of_all.shape[1], count)
 
     def rows(self, step: int) -> Tensor:
         """(E, B) int64: which of all that is shown the step shows; row r is view r // M of picture r % M."""
-        return self.part(self.order, step, self.batch)
+        return self.order[:, step]
 
     @once
     def taken(self, step: int) -> Tensor:
         """The step's pictures without views (E, K, 3, S, S) uint8, on the device."""
-        pictures = self.images[self.part(self.places, step, self.different)]
+        pictures = self.images[self.places[:, step, : self.different]]
         pictures = pictures.pin_memory() if torch.device(self.device).type == "cuda" else pictures
         return pictures.to(self.device, non_blocking=True)
 
@@ -831,13 +822,13 @@ class Batches:
         self.told(step)
         pictures = self.prepared(step)
         if self.augment == "crop":
-            pictures = random_crop(pictures, self.crops[step], self.size, self.area, self.bicubic)
+            pictures = random_crop(pictures, self.crops[:, step], self.size, self.area, self.bicubic)
             pictures = normalize(pictures, self.mean, self.std)
-        return pictures, self.part(self.truth, step, self.batch)
+        return pictures, self.truth[:, step]
 
     def plain(self, step: int) -> tuple[Tensor, Tensor]:
         """Without augmentation: pictures (E, K, 3, size, size), labels (E, K); all M of a full batch."""
-        return self.still(step), self.part(self.truth, step, self.different)
+        return self.still(step), self.truth[:, step, : self.different]
 
 
 # ---------------------------------------------------------------------------------------------- the toy world

@@ -132,7 +132,7 @@ def test_batches_of_a_task_are_its_own_whatever_trains_beside_it():
     both, alone = (Batches(pool, support[e:], labels[e:], size=32, steps=3, seeds=[(1, 0), (1, 1)][e:], minibatch=2) for e in (0, 1))
     for step in range(3):
         assert torch.equal(both(step)[0][1], alone(step)[0][0]) and torch.equal(both(step)[1][1], alone(step)[1][0])
-    assert not torch.equal(both.crops[0], both.crops[1]), "a fresh crop in every step"
+    assert not torch.equal(both.crops[:, 0], both.crops[:, 1]), "a fresh crop in every step"
 
 
 def test_minibatches_go_through_the_whole_set_before_they_repeat():
