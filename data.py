@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
 from functools import cache, cached_property, partial
-from math import ceil, inf, pi, prod
+from math import ceil, pi, prod
 from pathlib import Path
 from posixpath import join                          # a listing's paths are the same on every system
 from typing import NamedTuple
@@ -29,7 +29,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch import Tensor, atan2, hypot, maximum, minimum
 from torchvision.datasets import EuroSAT
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 from torchvision.datasets.utils import download_and_extract_archive
 
 try:
@@ -37,10 +37,11 @@ try:
 except ImportError:                                                      # Windows: see `locked`
     fcntl = None
 
+RGB = tuple[float, float, float]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # CLIP's, of RGB
 # A user id without a name and without HOME keeps "~", so its cache is where the run is: .cache/atha
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").removeprefix("~/")) / "atha"
-# What IMG_EXTENSIONS mean, and GIF, as some of Oxford's pets named .jpg are: none needs another program
+# What pictures' endings mean, and GIF, as some of Oxford's pets named .jpg are: none needs another program
 FORMATS = "JPEG PNG PPM BMP TIFF WEBP GIF".split()
 warnings.filterwarnings("ignore", module=r"PIL\.")  # advice about palettes is not for our user
 
@@ -86,6 +87,9 @@ say_once = cache(progress)
 class Clock:
     """Tells how far a piece of work is, the time left first: at once where nothing is done yet (nobody knows
     how long the first part takes), then after a second and ever less often, to every ten.
+
+    What is done in threads comes together, the first after the time of one, from which no rest can be told:
+    only from a fiftieth of all, or ten seconds.
     """
 
     def __init__(self, what: str, total: float):
@@ -100,23 +104,18 @@ class Clock:
             progress(f"{self.what}: {text}, {took:.0f} s")
         elif not done:
             progress(f"{self.what}: {text}", last=False)
-        elif now - self.said > min(10, max(1, took / 20)):
+        elif (50 * done >= self.total or took > 10) and now - self.said > min(10, max(1, took / 20)):
             self.said = now
             left = took / done * max(0, self.total - done)     # the last pass may be longer than what is left
             progress(f"{left:.0f} s left, {text}, {self.what}", last=False)
 
 
 def told(things: Iterable, total: int, what: str) -> Iterator:
-    """The things one by one, telling how far they are; if that was worth telling, also how long it took.
-
-    Threads bring the first ones together after the time of one, from which no rest can be told: only from a
-    fiftieth of them, or ten seconds.
-    """
+    """The things one by one, telling how far they are; if that was worth telling, also how long it took."""
     clock = Clock(what, total)
     for done, thing in enumerate(things, 1):
         yield thing
-        if 50 * done >= total or time.monotonic() - clock.begun > 10:
-            clock.tell(done, f"{done} of {total}", last=done == total and clock.said > clock.begun)
+        clock.tell(done, f"{done} of {total}", last=done == total and clock.said > clock.begun)
 
 
 @contextmanager
@@ -158,8 +157,7 @@ class Pool:
     def by_class(self, rows: Tensor) -> list[Tensor]:
         """Rows (n,) sorted into one tensor a class."""
         labels = self.labels[rows]
-        counts = labels.bincount(minlength=len(self.classes))
-        return list(rows[labels.argsort(stable=True)].split(counts.tolist()))
+        return [rows[labels == label] for label in range(len(self.classes))]
 
     @cached_property
     def everything(self) -> list[Tensor]:
@@ -213,8 +211,10 @@ class Pool:
                 raise DataError(f"class {name!r} has no picture in the training split")
             if n < shot:
                 say_once(f"class {name!r} has {n} pictures to learn from, not {shot}: drawn with replacement")
-            order = torch.randint(n, (shot,), generator=g) if n < shot else torch.randperm(n, generator=g)
-            support.append(rows[order[:shot]])
+                order = torch.randint(n, (shot,), generator=g)
+            else:
+                order = torch.randperm(n, generator=g)[:shot]
+            support.append(rows[order])
         classes = torch.arange(len(self.classes))
         labels = classes.repeat_interleave(shot)
         return Task(classes, torch.cat(support), labels, self.test, self.labels[self.test])
@@ -222,23 +222,20 @@ class Pool:
 
 # ------------------------------------------------------------------------------ what is in a dataset's folder
 
-Row = tuple[str, str, str]          # "train", "test" or ""; picture, as a path below the folder; class name
-
-
 class Found(NamedTuple):
     """What a lister finds in a folder: rows, their classes, and what it read, for messages."""
-    rows: list[Row]
+    rows: list[tuple[str, str, str]]    # "train", "test" or ""; picture, as a path below the folder; class
     classes: list[str]                  # in the order of the labels; those without pictures get none
     source: Path
 
 
-def listed(rows: list[Row], classes: list[str], source: Path,
-           ) -> tuple[dict[str, int], list[str], dict[str, list[int]]]:
-    """What was found, each picture once: label of each, classes, places of those in "train" and "test".
+def listed(found: Found) -> tuple[list[str], list[int], list[str], dict[str, Tensor]]:
+    """What was found: pictures, each once, their labels, the classes, and the rows of "train" and "test".
 
     Raises DataError where that cannot be, whatever the lister.
     """
-    class_of, parts, known = {}, {"": [], "train": [], "test": []}, set(classes)
+    rows, classes, source = found
+    class_of, part_of, known = {}, {}, set(classes)
     if len(known) < len(classes):
         raise DataError(f"{source} gives two labels one name")
     for part, picture, name in rows:
@@ -248,18 +245,18 @@ def listed(rows: list[Row], classes: list[str], source: Path,
             raise DataError(f"{source}: {picture!r} is of {name!r}, which is none of its classes")
         if class_of.setdefault(picture, name) != name:
             raise DataError(f"{source} has {picture!r} as {class_of[picture]!r} and as {name!r}")
-        parts[part].append(picture)
-    if not rows or bool(parts["train"]) != bool(parts["test"]):
+        if part and part_of.setdefault(picture, part) != part:
+            raise DataError(f"{source} has {picture!r} in train and in test: it would be tested by heart")
+    if not rows or len(set(part_of.values())) == 1:
         raise DataError(f"{source} lists no pictures{' of train or of test' if rows else ''}")
-    if both := set(parts["train"]) & set(parts["test"]):
-        raise DataError(f"{source} has {min(both)!r} in train and in test: it would be tested by heart")
-    there = set(class_of.values())
-    classes = [name for name in classes if name in there]
+    classes = sorted(set(class_of.values()), key=classes.index)          # those with pictures
     with refusing(f"{source}: no text can be made of a class name, which is not UTF-8"):
         "".join(classes).encode()
-    label, place = ({name: number for number, name in enumerate(names)} for names in (classes, class_of))
-    places = {part: [place[picture] for picture in parts[part]] for part in ("train", "test")}
-    return {picture: label[name] for picture, name in class_of.items()}, classes, places
+    label_of = {name: label for label, name in enumerate(classes)}
+    row_of = {picture: row for row, picture in enumerate(class_of)}
+    split = {part: torch.tensor([row_of[picture] for picture in part_of if part_of[picture] == part])
+             for part in set(part_of.values())}
+    return list(class_of), [label_of[name] for name in class_of.values()], classes, split
 
 
 def ordinary(path: str | Path) -> os.stat_result:
@@ -296,49 +293,46 @@ def visible(folder: Path) -> list[list[str]]:
     return [sorted(name for name in names if not name.startswith(".")) for names in both]
 
 
-def list_folders(root: Path, under: str = "") -> Found:
-    """Class folders; or train/ and test/ (else val/), which hold class folders: the split.
+def list_folders(root: Path, under: str = "", names: dict[str, str] = {}) -> Found:
+    """Class folders, each called as in names; or train/ and test/ (else val/) that hold them: the split.
 
-    What is no picture is left out, and empty class folders are named.
+    What is left out is told, but for files that are no pictures.
     """
     test = "test" if os.path.isdir(root / under / "test") else "val"
     parts = {join(under, "train"): "train", join(under, test): "test"}
     if not all(os.path.isdir(root / place) and visible(root / place)[0] for place in parts):
         parts = {under: ""}
-    rows, empty, stray = [], [], []
+    rows, left = [], []
     for place, part in parts.items():
         folders, files = visible(root / place)
-        stray += [f for f in files if f.lower().endswith(IMG_EXTENSIONS) or not (root / place / f).exists()]
+        left += [f for f in files if is_image_file(f) or not (root / place / f).exists()]
         for folder in folders:
             deeper, files = visible(root / place / folder)
-            found = [f for f in files if f.lower().endswith(IMG_EXTENSIONS)]
-            rows += [(part, join(place, folder, picture), folder) for picture in found]
-            stray += [join(folder, name) for name in deeper]
-            empty += [] if found else [folder]
-    more = f" and {len(stray) - 5} more" if len(stray) > 5 else ""
-    left = {"no pictures in": ", ".join(empty), "not right in a class folder": ", ".join(stray[:5]) + more}
-    if rows and any(left.values()):
-        progress(f"left out, {'; '.join(f'{why}: {what}' for why, what in left.items() if what)}")
+            pictures = [f for f in files if is_image_file(f)]
+            rows += [(part, join(place, folder, f), names.get(folder, folder)) for f in pictures]
+            left += [join(folder, name) for name in deeper] if pictures else [folder]
     if not rows:
         raise DataError(f"no class folders with pictures in {root / under}")
-    return Found(rows, list(dict.fromkeys(folder for _, _, folder in rows)), root / under)
+    if left:
+        more = f" and {len(left) - 9} more" if len(left) > 9 else ""
+        progress(f"left out, without pictures or not right in a class folder: {', '.join(left[:9])}{more}")
+    return Found(rows, list(dict.fromkeys(name for _, _, name in rows)), root / under)
 
 
 def list_imagenet(root: Path) -> Found:
     """Folders n01440764, ... in train/ and val/; classnames.txt has lines of such a name and its words."""
-    rows, folders, _ = list_folders(root)
     table = root / "classnames.txt"
     words = dict(line.partition(" ")[::2] for line in read_text(table).splitlines())
-    rows = [(part, picture, words.get(folder, folder)) for part, picture, folder in rows]
-    return Found(rows, [words[folder] for folder in folders if folder in words], table)
+    return Found(list_folders(root, names=words).rows, list(words.values()), table)
 
 
 def list_aircraft(root: Path) -> Found:
     """Lists of FGVC-Aircraft: a picture's name, a space, its variant."""
     rows, variants = [], root / "variants.txt"
     for part in ("train", "test"):
-        lines = [line.partition(" ") for line in read_text(root / f"images_variant_{part}.txt").splitlines()]
-        rows += [(part, f"images/{picture}.jpg", variant) for picture, _, variant in lines]
+        for line in read_text(root / f"images_variant_{part}.txt").splitlines():
+            picture, _, variant = line.partition(" ")
+            rows.append((part, f"images/{picture}.jpg", variant))
     return Found(rows, read_text(variants).splitlines(), variants)
 
 
@@ -375,12 +369,12 @@ OTHERS = "No Finding|Consolidation|Edema|Emphysema|Fibrosis|Hernia|Pleural_Thick
 
 def list_eurosat(root: Path) -> Found:
     """All class folders, in their order, for episodes; where CoOp's split is beside them, its parts too."""
-    rows, folders, source = list_folders(root, "2750")
-    if os.path.exists(root / EUROSAT_SPLIT):
-        split, _, source = list_split(root, EUROSAT_SPLIT, "2750")
-        rows += split
+    found = list_folders(root, "2750", EUROSAT)
+    if not os.path.exists(root / EUROSAT_SPLIT):
+        return found
+    rows, _, source = list_split(root, EUROSAT_SPLIT, "2750")
     rows = [(part, picture, EUROSAT.get(name, name)) for part, picture, name in rows]
-    return Found(rows, [EUROSAT.get(folder, folder) for folder in folders], source)
+    return Found(found.rows + rows, found.classes, source)
 
 
 def list_isic(root: Path) -> Found:
@@ -415,19 +409,19 @@ def fetch_isic(target: Path) -> None:
     for part in ("Input", "GroundTruth"):
         url = f"https://isic-challenge-data.s3.amazonaws.com/2018/ISIC2018_Task3_Training_{part}.zip"
         progress(f"downloading {url}")
-        download_and_extract_archive(url, str(target), remove_finished=True)
+        download_and_extract_archive(url, target, remove_finished=True)
 
 
 class Dataset(NamedTuple):
     """A known set: its folder under --data, how to list that, what must be in it, where people get it."""
     folder: str
     list: Callable[[Path], Found]
-    needs: tuple[str, ...]
-    source: str
+    needs: tuple[str, ...] = ()
+    source: str = ""
     fetch: Callable[[Path], object] | None = None
-    split: str = ""                     # the file or folder that makes a test split, if it has one
     size: int = 256                     # pixels a side that are kept
-    prompt: str | None = None           # of the few-shot protocol
+    prompt: str | None = None           # of the few-shot protocol, if it has a test split
+    split: str = ""                     # a file that is needed for the split alone
 
 
 COOP = "DATASETS.md in github.com/KaiyangZhou/CoOp"
@@ -435,53 +429,48 @@ NO_SPLIT = ("this dataset has no split of its own: it takes train/ and test/ (or
             f"or for a known set its split_zhou_<Name>.json ({COOP})")
 KAGGLE = "curl -L -o a.zip https://www.kaggle.com/api/v1/datasets/download/"
 OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/"
+
+
+def coop_set(folder: str, split: str, pictures: str, prompt: str, source: str) -> Dataset:
+    """A set whose split is CoOp's file split_zhou_<split>.json, with the folder that its paths begin in."""
+    split = f"split_zhou_{split}.json"
+    return Dataset(folder, partial(list_split, split=split, pictures=pictures), (split, pictures),
+                   f"the pictures from {source}, the split from {COOP}", prompt=prompt)
+
+
 DATASETS = {
     "eurosat": Dataset("eurosat", list_eurosat, ("2750",), "the pictures from https://github.com/phelber/"
                        f"EuroSAT (a run without the split fetches them), the split from {COOP}",
-                       fetch=lambda target: EuroSAT(str(target.parent), download=True), split=EUROSAT_SPLIT,
+                       fetch=lambda target: EuroSAT(target.parent, download=True), split=EUROSAT_SPLIT,
                        size=64, prompt="a centered satellite photo of {}."),
-    "isic": Dataset("ISIC", list_isic, (), "https://challenge.isic-archive.com/data", fetch=fetch_isic),
+    "isic": Dataset("ISIC", list_isic, ("ISIC2018_Task3_Training_GroundTruth",),
+                    "https://challenge.isic-archive.com/data", fetch=fetch_isic),
     "cropdiseases": Dataset("CropDiseases", partial(list_folders, under="train"), ("train",),
                             f"{KAGGLE}saroz014/plant-disease, its class folders in CropDiseases/train/"),
-    "chestx": Dataset("ChestX", list_chestx, (), f"{KAGGLE}nih-chest-xrays/data (42 GB), with "
-                      "Data_Entry_2017.csv and images/ or images_0NN/images/ in ChestX/"),
+    "chestx": Dataset("ChestX", list_chestx, ("Data_Entry_2017.csv",),
+                      f"{KAGGLE}nih-chest-xrays/data (42 GB), with Data_Entry_2017.csv and images/ or "
+                      "images_0NN/images/ in ChestX/"),
     "imagenet": Dataset("imagenet", list_imagenet, ("classnames.txt", "train", "val"),
                         "the class folders train/ and val/ from https://image-net.org, "
-                        f"classnames.txt from {COOP}", split="val", prompt="itap of a {}."),
+                        f"classnames.txt from {COOP}", prompt="itap of a {}."),
     "aircraft": Dataset("fgvc_aircraft", list_aircraft, ("variants.txt", "images_variant_train.txt",
                         "images_variant_test.txt", "images"), f"{OXFORD}fgvc-aircraft/ (its data/ folder)",
-                        split="images_variant_test.txt", prompt="a photo of a {}, a type of aircraft."),
+                        prompt="a photo of a {}, a type of aircraft."),
+    "sun397": coop_set("SUN397", "SUN397", "SUN397", "a photo of a {}.",
+                       "https://vision.princeton.edu/projects/2010/SUN/"),
+    "cars": coop_set("StanfordCars", "StanfordCars", "", "a photo of a {}.",
+                     "https://ai.stanford.edu/~jkrause/cars/car_dataset.html"),
+    "food101": coop_set("Food101", "Food101", "images", "a photo of {}, a type of food.",
+                        "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/"),
+    "pets": coop_set("OxfordPets", "OxfordPets", "images", "a photo of a {}, a type of pet.",
+                     f"{OXFORD}pets/"),
+    "flowers": coop_set("Flower102", "OxfordFlowers", "jpg", "a photo of a {}, a type of flower.",
+                        f"{OXFORD}flowers/102/"),
+    "caltech101": coop_set("Caltech101", "Caltech101", "101_ObjectCategories", "a photo of a {}.",
+                           "https://data.caltech.edu/records/mzrjq-6wc02"),
+    "dtd": coop_set("DTD", "DescribableTextures", "images", "{} texture.", f"{OXFORD}dtd/"),
+    "ucf101": coop_set("UCF101", "UCF101", "UCF-101-midframes", "a photo of a person doing {}.", COOP),
 }
-# Those whose split is CoOp's file: name, folder, its split's name, pictures under, prompt, where to get it
-COOP_SETS = f"""
-sun397     | SUN397       | SUN397              | SUN397               | a photo of a {{}}.\
-           | https://vision.princeton.edu/projects/2010/SUN/
-cars       | StanfordCars | StanfordCars        |                      | a photo of a {{}}.\
-           | https://ai.stanford.edu/~jkrause/cars/car_dataset.html
-food101    | Food101      | Food101             | images               | a photo of {{}}, a type of food.\
-           | https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/
-pets       | OxfordPets   | OxfordPets          | images               | a photo of a {{}}, a type of pet.\
-           | {OXFORD}pets/
-flowers    | Flower102    | OxfordFlowers       | jpg                  | a photo of a {{}}, a type of flower.\
-           | {OXFORD}flowers/102/
-caltech101 | Caltech101   | Caltech101          | 101_ObjectCategories | a photo of a {{}}.\
-           | https://data.caltech.edu/records/mzrjq-6wc02
-dtd        | DTD          | DescribableTextures | images               | {{}} texture.\
-           | {OXFORD}dtd/
-ucf101     | UCF101       | UCF101              | UCF-101-midframes    | a photo of a person doing {{}}.\
-           | {COOP}
-"""
-
-
-def coop_set(row: str) -> tuple[str, Dataset]:
-    """Name and set of a row of COOP_SETS."""
-    name, folder, split, pictures, prompt, source = map(str.strip, row.split("|"))
-    split = f"split_zhou_{split}.json"
-    return name, Dataset(folder, partial(list_split, split=split, pictures=pictures), (split, pictures),
-                         f"the pictures from {source}, the split from {COOP}", split=split, prompt=prompt)
-
-
-DATASETS |= dict(map(coop_set, COOP_SETS.strip().splitlines()))
 PAPERS = "eurosat isic cropdiseases chestx".split()                      # the three papers' targets
 FSL = "imagenet sun397 aircraft eurosat cars food101 pets flowers caltech101 dtd ucf101".split()
 
@@ -489,15 +478,15 @@ FSL = "imagenet sun397 aircraft eurosat cars food101 pets flowers caltech101 dtd
 def check(name: str, root: str | Path = "datasets", split: bool = False) -> None:
     """Raises DataError where `load` (or `Pool.split`, if wanted) is sure to: before anything is fetched."""
     known = DATASETS.get(name)
-    if split and (name == "toy" or known and not known.split):
-        raise DataError(NO_SPLIT)
     if not known and name != "toy" and not os.path.isdir(name):
         raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}, toy, or give a folder")
+    if split and (name == "toy" or known and not known.prompt):
+        raise DataError(NO_SPLIT)
     # what is not there at all can be fetched, but no split is
     if known and (split or not known.fetch or os.path.isdir(Path(root) / known.folder)):
-        for path in ("", *known.needs, known.split if split else ""):
+        for path in (*known.needs, known.split if split else ""):
             place = Path(root) / known.folder / path
-            if not os.path.exists(place):
+            if not place.exists():
                 raise DataError(f"{name} needs {place}, which is not there; get {known.source}")
 
 
@@ -519,50 +508,52 @@ def load(name: str, root: str | Path = "datasets") -> Pool:
 
 def load_folder(path: str | Path) -> Pool:
     """A folder of class folders, or of train/ and test/ (or val/) that hold them. Raises DataError."""
-    return decoded(Path(path), Dataset("", list_folders, (), ""), [])
+    return decoded(Path(path), Dataset("", list_folders), [])
 
 
 def try_lock(file) -> bool:
     """Whether this process now is the one that writes an open file; without locks here, it always is."""
-    with suppress(AttributeError):                                       # no fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:                                                  # a file system without locks
-            pass
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (AttributeError, OSError):                                # no fcntl; a file system without locks
+        pass
     return True
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time, so that the second finds the work done. Without locks both do it: no harm."""
-    with open(path, "a+") as lock:
+def replacing(target: Path) -> Iterator[Path]:
+    """Where to make a file or folder, which then takes the target's place: it is there whole or not at all.
+
+    One process at a time, so that the second finds the work done. Without locks both do it: no harm.
+    """
+    part = target.with_name(f".{target.name.removeprefix('.')}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{part}.lock", "a+") as lock:
         if not try_lock(lock):
-            progress(f"waiting for another run that is busy with {path.parent}")
+            progress(f"waiting for another run that is busy with {target.parent}")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        shutil.rmtree(part, ignore_errors=True)                          # of a run that was killed
+        part.mkdir()
+        try:
+            yield part / target.name
+            with suppress(FileNotFoundError):                            # where nothing was left to make
+                os.replace(part / target.name, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def fetch(name: str, folder: Path) -> None:
-    """Fetch into a folder beside, then rename: the dataset is there whole or not at all."""
-    part = folder.with_name(f".{folder.name}.part")
+    """Download a dataset. Raises DataError."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(Path(f"{part}.lock")):
-            if folder.is_dir():
-                return
-            progress(f"{name} is not at {folder}: downloading it")
-            shutil.rmtree(part, ignore_errors=True)                      # of a run that was killed
-            try:
-                DATASETS[name].fetch(part / folder.name)
-                os.replace(part / folder.name, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
+        with replacing(folder) as target:
+            if not folder.is_dir():
+                progress(f"{name} is not at {folder}: downloading it")
+                DATASETS[name].fetch(target)
     except Exception as e:                                   # of files, sockets, HTTP, zip, zlib: all sorts
-        raise DataError(f"cannot download {name} ({e}): "
-                        f"fetch it on another machine and put it at {folder}, so that there is "
-                        f"{folder / (DATASETS[name].needs or ('',))[0]}") from e
+        raise DataError(f"cannot download {name} ({e}): fetch it on another machine and put it at {folder}, "
+                        f"so that there is {folder / DATASETS[name].needs[0]}") from e
 
 
 # ---------------------------------------------------------------------------------------- the one-tensor file
@@ -585,31 +576,29 @@ def decode(path: str | Path, size: int) -> Tensor:
 def decoded(folder: Path, known: Dataset, places: list[Path]) -> Pool:
     """The dataset in a folder, its pictures kept in the first of `places` that can be written, or CACHE."""
     found, size = known.list(folder), known.size
-    label_of, classes, parts = listed(*found)
-    pictures, labels = list(label_of), list(label_of.values())
+    pictures, labels, classes, split = listed(found)
     paths = [os.path.join(folder, picture) for picture in pictures]
     with refusing(str(found.source), DataError):
         stats = [ordinary(path) for path in told(paths, len(paths), "looking for pictures")]
     sizes = [s.st_size for s in stats]
     fingerprint = digest(pictures, sizes, [s.st_mtime_ns for s in stats], size)
     cache = CACHE / f"{digest(os.fsencode(folder.resolve()))}-{size}.u8"
-    images = keep(paths, (len(paths), 3, size, size), fingerprint, [*places, cache])
-    split = {part: torch.tensor(rows) for part, rows in parts.items() if rows}
+    images = keep(paths, size, fingerprint, [*places, cache])
     name = digest(pictures, sizes, labels, classes, size)
     return Pool(images, torch.tensor(labels), classes, name, known.prompt, **split)
 
 
-def keep(paths: list[str], shape: tuple[int, ...], fingerprint: str, places: list[Path]) -> Tensor:
+def keep(paths: list[str], size: int, fingerprint: str, places: list[Path]) -> Tensor:
     """The pictures from the first place that holds them, else decoded into the first that can be written."""
+    shape = len(paths), 3, size, size
     for place in places:
         if (images := mapped(place, shape, fingerprint)) is not None:
             return images
     for place in places:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with locked(Path(f"{place}.lock")):
+            with replacing(place) as target:
                 if mapped(place, shape, fingerprint) is None:
-                    decode_all(paths, shape[-1], place, fingerprint)
+                    decode_all(paths, size, target, fingerprint)
             if (images := mapped(place, shape, fingerprint)) is None:
                 raise OSError("they cannot be mapped into memory there")
             return images
@@ -624,56 +613,53 @@ def keep(paths: list[str], shape: tuple[int, ...], fingerprint: str, places: lis
 def mapped(place: Path, shape: tuple[int, ...], fingerprint: str) -> Tensor | None:
     """A file of pictures, read as they are indexed; None if there is none, or it is cut or of other pictures.
 
-    The fingerprint stands behind the pictures: it is written last, and what is mapped begins with them.
+    The fingerprint stands behind the pictures: what is mapped begins with them.
     """
+    length = prod(shape) + len(fingerprint)
     with suppress(OSError, DataError, RuntimeError):
-        ordinary(place)
-        with open(place, "rb") as file:
-            file.seek(prod(shape))
-            if file.read(len(fingerprint) + 1) == fingerprint.encode():
-                shared = os.access(place, os.W_OK)          # where it can be: a private map counts as memory
-                images = torch.from_file(str(place), shared=shared, size=prod(shape), dtype=torch.uint8)
-                return images.view(shape)
+        if ordinary(place).st_size == length:
+            shared = os.access(place, os.W_OK)              # where it can be: a private map counts as memory
+            file = torch.from_file(str(place), shared=shared, size=length, dtype=torch.uint8)
+            if bytes(file[prod(shape):]) == fingerprint.encode():
+                return file[: prod(shape)].view(shape)
     return None
 
 
 def decode_all(paths: list[str], size: int, place: Path, fingerprint: str) -> None:
-    """Decode by threads (Pillow lets go of Python's lock) and write in order; the file appears when whole."""
-    part, total, pool = Path(f"{place}.part"), len(paths), ThreadPoolExecutor()
-    pictures = (picture for start in range(0, total, 256)       # a few hundred at a time bound the memory
+    """Decode by threads (Pillow lets go of Python's lock) and write in order, the fingerprint last."""
+    pool = ThreadPoolExecutor()
+    pictures = (picture for start in range(0, len(paths), 256)      # a few hundred at a time bound the memory
                 for picture in pool.map(partial(decode, size=size), paths[start: start + 256]))
-    progress(f"decoding {total} pictures")
+    progress(f"decoding {len(paths)} pictures")
     try:
-        with open(part, "wb") as file:
-            for picture in told(pictures, total, "decoding pictures"):
+        with open(place, "wb") as file:
+            for picture in told(pictures, len(paths), "decoding pictures"):
                 file.write(picture.numpy().tobytes())
             file.write(fingerprint.encode())
-        os.replace(part, place)
     finally:
         pool.shutdown(cancel_futures=True)                               # waits only for the pictures in hand
-        part.unlink(missing_ok=True)
 
 
 # ----------------------------------------------------------------------------------------------- augmentation
 
 @cache
-def of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+def of_channels(values: RGB, device: torch.device) -> Tensor:
     """(3, 1, 1), copied to the device once: a copy in every step would make the host wait for the GPU."""
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+def normalize(images: Tensor, mean: RGB = MEAN, std: RGB = STD) -> Tensor:
     """(..., 3, S, S) in 0..1 -> normalised by a backbone's mean and std."""
     return (images - of_channels(tuple(mean), images.device)) / of_channels(tuple(std), images.device)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """(..., 3, S, S) uint8 or float in 0..1 -> (..., 3, size, size) float in 0..1, antialiased."""
-    return TF.resize(images / 255 if images.dtype == torch.uint8 else images, [size, size])
+    """(..., 3, S, S) uint8 -> (..., 3, size, size) float in 0..1, antialiased."""
+    return TF.resize(images / 255, [size, size])
 
 
-def plain(images: Tensor, size: int, centre: bool = False, mean: tuple[float, ...] = MEAN,
-          std: tuple[float, ...] = STD) -> Tensor:
+def plain(images: Tensor, size: int, centre: bool = False, mean: RGB = MEAN,
+          std: RGB = STD) -> Tensor:
     """(..., 3, S, S) uint8 -> (..., 3, size, size) normalised; centre: of 257/224 the size, cropped."""
     whole = round(size * 257 / 224) if centre else size
     inside = slice((whole - size) // 2, (whole - size) // 2 + size)
@@ -729,11 +715,22 @@ def five_views(images: Tensor, u: Tensor) -> Tensor:
                       images.flip(-1)], 1)
 
 
+def once(make: Callable) -> Callable:
+    """A method of Batches whose result is kept until another step is asked for; full batches are all one."""
+    def kept(self: Batches, step: int) -> Tensor:
+        if self.mini and step != self.step:
+            self.step, self.made = step, {}
+        if make not in self.made:
+            self.made[make] = make(self, step)
+        return self.made[make]
+    return kept
+
+
 @dataclass(eq=False)
 class Batches:
     """The pictures of each training step, for E tasks at once, the same whenever a step is asked for.
 
-    All chance is drawn from each task's own seed. A full batch is indexed once, mini-batches step by step.
+    All chance is drawn from each task's own seed. A full batch is made once, mini-batches step by step.
     """
     images: Tensor                      # (N, 3, S, S) uint8, a pool's
     support: Tensor                     # (E, M) rows of it
@@ -746,65 +743,69 @@ class Batches:
     minibatch: int = 0                  # pictures a step, shuffled anew in each epoch; 0: all
     area: float = 0.5                   # of the smallest crop
     bicubic: bool = False               # the crop's interpolation
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
+    mean: RGB = MEAN
+    std: RGB = STD
     device: torch.device | str = "cpu"
     told: Callable[[int], object] = int # hears of every step asked for; int: nobody does
 
     def __post_init__(self):
         tasks, self.pictures = self.support.shape                        # E, M
-        views = 5 if self.augment == "views" else 1
-        self.shown = views * self.pictures                               # in an epoch
-        self.mini = 0 < self.minibatch < self.shown
-        self.batch = self.minibatch if self.mini else self.shown         # B
+        self.shown = self.pictures * (5 if self.augment == "views" else 1)       # in an epoch
+        self.batch = min(self.minibatch or self.shown, self.shown)       # B
+        self.mini = self.batch < self.shown
         self.different = self.batch if self.mini else self.pictures      # K
-        order = torch.arange(self.shown).expand(tasks, -1)               # (E, all that the steps show)
         if self.mini:
             epochs = ceil(self.steps * self.batch / self.shown)
             order = self.uniform("order", epochs, self.shown).argsort(-1).flatten(1)
-        picture = order % self.pictures
-        self.order, self.places = order.to(self.device), self.support.gather(1, picture)
-        self.truth = self.labels.gather(1, picture).to(self.device)
-        if views > 1:
-            self.turns = self.uniform("views", self.pictures, 8).to(self.device)
-        self.block = max(1, min(self.steps, 2 ** 25 // (5 * self.shown * tasks)))
-        self.drawn = inf                # the block of steps whose crops are at hand
-        self.made = {}                  # what was made last, and of which step
+            order = order[:, : self.steps * self.batch].view(tasks, self.steps, self.batch)
+        else:
+            order = torch.arange(self.shown).expand(tasks, self.steps, -1)
+        task, picture = torch.arange(tasks)[:, None, None], order % self.pictures
+        self.order, self.places = order.to(self.device), self.support[task, picture]    # (E, steps, B) each
+        self.truth = self.labels[task, picture].to(self.device)
+        self.step, self.made = 0, {}    # see `once`
 
     def uniform(self, what: str, *shape: int) -> Tensor:
         """(E, *shape) in 0..1."""
         return torch.stack([torch.rand(shape, generator=generator(what, seed)) for seed in self.seeds])
 
-    def part(self, of_all: Tensor, step: int, count: int) -> Tensor:
-        """A step's first columns of (E, all that the steps show); full batches all show the same."""
-        return of_all.narrow(1, step * self.batch % of_all.shape[1], count)
+    @cached_property
+    def turns(self) -> Tensor:
+        """(E, M, 8) in 0..1: the chance in each picture's views."""
+        return self.uniform("views", self.pictures, 8).to(self.device)
+
+    @cached_property
+    def crops(self) -> Tensor:
+        """(E, steps, B, 5) in 0..1: the chance in each crop. Every step draws for all that an epoch shows."""
+        drawn = torch.empty(len(self.seeds), self.steps, self.batch, 5)
+        for task, seed in enumerate(self.seeds):
+            stream = generator("crop", seed)
+            for step in range(self.steps):
+                drawn[task, step] = torch.rand(self.shown, 5, generator=stream)[: self.batch]
+        return drawn.to(self.device)
 
     def rows(self, step: int) -> Tensor:
         """(E, B) int64: which of all that is shown the step shows; row r is view r // M of picture r % M."""
-        return self.part(self.order, step, self.batch)
+        return self.order[:, step]
 
-    def once(self, make: Callable[[int], Tensor], step: int) -> Tensor:
-        """What `make` makes of a step, the last one kept: of a full batch it is made once for all steps."""
-        step = step if self.mini else 0
-        if self.made.get(make.__name__, (None,))[0] != step:
-            self.made[make.__name__] = step, make(step)
-        return self.made[make.__name__][1]
-
+    @once
     def taken(self, step: int) -> Tensor:
         """The step's pictures without views (E, K, 3, S, S) uint8, on the device."""
-        pictures = self.images[self.part(self.places, step, self.different)]
+        pictures = self.images[self.places[:, step, : self.different]]
         pictures = pictures.pin_memory() if torch.device(self.device).type == "cuda" else pictures
         return pictures.to(self.device, non_blocking=True)
 
+    @once
     def still(self, step: int) -> Tensor:
         """Without augmentation, (E, K, 3, size, size)."""
-        return plain(self.once(self.taken, step), self.size, self.augment == "none", self.mean, self.std)
+        return plain(self.taken(step), self.size, self.augment == "none", self.mean, self.std)
 
+    @once
     def prepared(self, step: int) -> Tensor:
         """The step's pictures (E, B, 3, s, s), but for the crop, which differs in every step."""
-        pictures = self.once(self.taken, step)
         if self.augment == "none":
-            return self.once(self.still, step)
+            return self.still(step)
+        pictures = self.taken(step)
         if self.augment == "crop":
             # grid_sample does not average: shrink first, until the smallest crop has about `size` pixels
             return resize(pictures, min(pictures.shape[-1], ceil(self.size * self.area ** -0.5)))
@@ -816,30 +817,18 @@ class Batches:
             return views
         return views[task, rows // self.pictures * self.batch + torch.arange(self.batch, device=self.device)]
 
-    def crops(self, step: int) -> Tensor:
-        """(E, B, 5) in 0..1. A task's numbers are one stream through the steps, read on or from the start."""
-        block = step // self.block
-        if block < self.drawn:
-            self.streams, self.drawn = [generator("crop", seed) for seed in self.seeds], -1
-        while self.drawn < block:
-            numbers = [torch.rand(self.block, self.shown, 5, generator=g) for g in self.streams]
-            numbers = torch.stack([of_task[:, : self.batch] for of_task in numbers], 1)
-            self.numbers = numbers.to(self.device)                       # (steps of the block, E, B, 5)
-            self.drawn += 1
-        return self.numbers[step % self.block]
-
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Pictures (E, B, 3, size, size), normalised, and labels (E, B)."""
         self.told(step)
-        pictures = self.once(self.prepared, step)
+        pictures = self.prepared(step)
         if self.augment == "crop":
-            pictures = random_crop(pictures, self.crops(step), self.size, self.area, self.bicubic)
+            pictures = random_crop(pictures, self.crops[:, step], self.size, self.area, self.bicubic)
             pictures = normalize(pictures, self.mean, self.std)
-        return pictures, self.part(self.truth, step, self.batch)
+        return pictures, self.truth[:, step]
 
     def plain(self, step: int) -> tuple[Tensor, Tensor]:
         """Without augmentation: pictures (E, K, 3, size, size), labels (E, K); all M of a full batch."""
-        return self.once(self.still, step), self.part(self.truth, step, self.different)
+        return self.still(step), self.truth[:, step, : self.different]
 
 
 # ---------------------------------------------------------------------------------------------- the toy world

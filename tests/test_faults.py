@@ -356,7 +356,9 @@ def test_a_killed_run_s_part_is_replaced(tmp_path, own_cache):
     folder = draw_pictures(tmp_path / "pictures", classes=2, each=3)
     data.load(str(folder))
     place, = own_cache.glob("*.u8")
-    place.rename(f"{place}.part")
+    part = own_cache / f".{place.name}.part"
+    part.mkdir()
+    place.rename(part / place.name)
     assert holds(data.load(str(folder)), folder) and kept(own_cache) == [place.name]
 
 
@@ -764,7 +766,7 @@ def test_what_is_left_out_is_told(tmp_path, capsys):
     (root / "gone").symlink_to("nowhere")
     (root / "circle" / "deeper").mkdir()
     data.load(str(root))
-    assert "left out, not right in a class folder: gone, circle/deeper\n" in capsys.readouterr().err
+    assert "left out, without pictures or not right in a class folder: gone, circle/deeper\n" in capsys.readouterr().err
 
 
 def test_a_split_of_own_pictures_is_told(tmp_path, capsys):
