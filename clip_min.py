@@ -744,7 +744,10 @@ def _told(file: Path, usual: dict) -> dict:
             raise WeightsError(f"{path} is {value!r} where the other tower has {told[field]!r}")
     for tower in ("vision", "text"):
         if f"{tower}_heads" in told:
-            told[f"{tower}_head"] = told[f"{tower}_width"] // told.pop(f"{tower}_heads")
+            width, heads = told[f"{tower}_width"], told.pop(f"{tower}_heads")
+            if width % heads:
+                raise WeightsError(f"{heads} heads do not divide a {tower} width of {width}")
+            told[f"{tower}_head"] = width // heads
     return told
 
 

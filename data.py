@@ -322,7 +322,9 @@ def list_folders(root: Path, under: str = "", names: dict[str, str] = {}) -> Fou
 def list_imagenet(root: Path) -> Found:
     """Folders n01440764, ... in train/ and val/; classnames.txt has lines of such a name and its words."""
     table = root / "classnames.txt"
-    words = dict(line.partition(" ")[::2] for line in read_text(table).splitlines())
+    words = {}
+    for folder, _, name in (line.partition(" ") for line in read_text(table).splitlines()):
+        words[folder] = f"{name} {folder}" if name in words.values() else name       # two are "sunglasses"
     return Found(list_folders(root, names=words).rows, list(words.values()), table)
 
 

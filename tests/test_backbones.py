@@ -273,7 +273,7 @@ CONFIGS = {    # golden folder, where in its config, the value put there, what m
     "activation": ("hf-clip-gelu", "vision_config.hidden_act", "relu", "hidden_act is 'gelu' where"),
     "activations": ("hf-clip-gelu", "*.hidden_act", "relu", "activation 'relu'"),
     "eps of one tower": ("hf-clip-gelu", "text_config.layer_norm_eps", 1e-6, "layer_norm_eps is 1e-06 where"),
-    "heads": ("hf-clip-gelu", "vision_config.num_attention_heads", 3, "vision_width 128"),
+    "heads": ("hf-clip-gelu", "vision_config.num_attention_heads", 3, "3 heads do not divide a vision width of 128"),
     "no heads": ("hf-clip-gelu", "text_config.num_attention_heads", 0, "ZeroDivisionError"),
     "blocks": ("hf-clip-gelu", "vision_config.num_hidden_layers", 3, "visual.transformer.resblocks.2."),
     "pixels": ("hf-clip-gelu", "vision_config.image_size", 64, "mismatch for visual.positional_embedding"),

@@ -173,9 +173,10 @@ def test_activations_and_their_gradients(activation):
                "gelu": lambda y: y * torch.special.ndtr(y),
                "gelu_pytorch_tanh": lambda y: y * torch.sigmoid((8 / torch.pi) ** 0.5 * (y + 0.044715 * y ** 3))}
     mlp, x = clip_min.MLP(8, activation).double(), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
-    wanted = mlp.c_proj(written[activation](mlp.c_fc(x)))
-    same(mlp(x), wanted, 1e-12)
-    same(torch.autograd.grad(mlp(x).sin().sum(), x)[0], torch.autograd.grad(wanted.sin().sum(), x)[0], 1e-12)
+    residual = torch.randn(2, 3, 8, dtype=torch.float64)
+    wanted = residual + mlp.c_proj(written[activation](mlp.c_fc(x)))
+    same(mlp(x, residual), wanted, 1e-12)
+    same(torch.autograd.grad(mlp(x, residual).sin().sum(), x)[0], torch.autograd.grad(wanted.sin().sum(), x)[0], 1e-12)
 
 
 def test_the_mlp_takes_adapters():
@@ -183,8 +184,8 @@ def test_the_mlp_takes_adapters():
     x = torch.randn(2, 3, 8)
     for targets in (["c_fc"], ["c_proj"], ["c_fc", "c_proj"]):
         mlp = clip_min.MLP(8, "quick_gelu")
-        wanted = mlp(x)
+        wanted = mlp(x, x)
         adapters = add_lora(mlp, rank=2, dropout=0, targets=targets)
-        same(mlp(x), wanted, 1e-5)
+        same(mlp(x, x), wanted, 1e-5)
         nn.init.ones_(adapters[targets[0]].B)
-        assert not torch.allclose(mlp(x), wanted, atol=1e-3)
+        assert not torch.allclose(mlp(x, x), wanted, atol=1e-3)

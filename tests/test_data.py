@@ -354,6 +354,8 @@ def test_aircraft_and_imagenet(tmp_path):
     (net / "classnames.txt").write_text("n01 great white shark\nn02 hen\n")
     pool = load("imagenet", tmp_path)
     assert pool.classes == ["great white shark", "hen"] and pool.images[pool.test, 0, 0, 0].tolist() == [40, 60]
+    (net / "classnames.txt").write_text("n01 sunglasses\nn02 sunglasses\n")
+    assert load("imagenet", tmp_path).classes == ["sunglasses", "sunglasses n02"], "as two of the real ones are"
     (net / "classnames.txt").write_text("n01 great white shark\n")
     with pytest.raises(DataError, match="is of 'n02', which is none of its classes"):
         load("imagenet", tmp_path)
