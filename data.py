@@ -13,6 +13,7 @@ map into memory.
 from __future__ import annotations
 
 import csv, hashlib, json, os, shutil, stat, sys, time, warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -293,16 +294,22 @@ def visible(folder: Path) -> list[list[str]]:
     return [sorted(name for name in names if not name.startswith(".")) for names in both]
 
 
+def say_no_pictures(endings: Counter) -> None:
+    """endings: of files that are not taken for pictures."""
+    told = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(5))
+    progress(f"left out, as these endings are none of pictures that are read here: {told}")
+
+
 def list_folders(root: Path, under: str = "", names: dict[str, str] = {}) -> Found:
     """Class folders, each called as in names; or train/ and test/ (else val/) that hold them: the split.
 
-    What is left out is told, but for files that are no pictures.
+    What is left out is told.
     """
     test = "test" if os.path.isdir(root / under / "test") else "val"
     parts = {join(under, "train"): "train", join(under, test): "test"}
     if not all(os.path.isdir(root / place) and visible(root / place)[0] for place in parts):
         parts = {under: ""}
-    rows, left = [], []
+    rows, left, endings = [], [], Counter()
     for place, part in parts.items():
         folders, files = visible(root / place)
         left += [f for f in files if is_image_file(f) or not (root / place / f).exists()]
@@ -311,11 +318,14 @@ def list_folders(root: Path, under: str = "", names: dict[str, str] = {}) -> Fou
             pictures = [f for f in files if is_image_file(f)]
             rows += [(part, join(place, folder, f), names.get(folder, folder)) for f in pictures]
             left += [join(folder, name) for name in deeper] if pictures else [folder]
+            endings.update(os.path.splitext(f)[1] or f for f in files if not is_image_file(f))
     if not rows:
         raise DataError(f"no class folders with pictures in {root / under}")
     if left:
         more = f" and {len(left) - 9} more" if len(left) > 9 else ""
         progress(f"left out, without pictures or not right in a class folder: {', '.join(left[:9])}{more}")
+    if endings:
+        say_no_pictures(endings)
     return Found(rows, list(dict.fromkeys(name for _, _, name in rows)), root / under)
 
 
@@ -628,16 +638,30 @@ def mapped(place: Path, shape: tuple[int, ...], fingerprint: str) -> Tensor | No
 
 
 def decode_all(paths: list[str], size: int, place: Path, fingerprint: str) -> None:
-    """Decode by threads (Pillow lets go of Python's lock) and write in order, the fingerprint last."""
-    pool = ThreadPoolExecutor()
+    """Decode by threads (Pillow lets go of Python's lock) and write in order, the fingerprint last.
+
+    Raises DataError naming the pictures that cannot be decoded.
+    """
+    def attempt(path: str) -> Tensor | DataError:
+        try:
+            return decode(path, size)
+        except DataError as e:
+            return e
+    pool, broken = ThreadPoolExecutor(), []
     pictures = (picture for start in range(0, len(paths), 256)      # a few hundred at a time bound the memory
-                for picture in pool.map(partial(decode, size=size), paths[start: start + 256]))
+                for picture in pool.map(attempt, paths[start: start + 256]))
     progress(f"decoding {len(paths)} pictures")
     try:
         with open(place, "wb") as file:
             for picture in told(pictures, len(paths), "decoding pictures"):
-                file.write(picture.numpy().tobytes())
+                if isinstance(picture, DataError):
+                    broken.append(str(picture))
+                elif not broken:
+                    file.write(picture.numpy().tobytes())
             file.write(fingerprint.encode())
+        if broken:
+            more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+            raise DataError("; ".join(broken[:5]) + more)
     finally:
         pool.shutdown(cancel_futures=True)                               # waits only for the pictures in hand
 
@@ -766,6 +790,7 @@ class Batches:
         self.order, self.places = order.to(self.device), self.support[task, picture]    # (E, steps, B) each
         self.truth = self.labels[task, picture].to(self.device)
         self.step, self.made = 0, {}    # see `once`
+        self.coming, self.background = (None, None), ThreadPoolExecutor(1)       # see `taken`
 
     def uniform(self, what: str, *shape: int) -> Tensor:
         """(E, *shape) in 0..1."""
@@ -790,11 +815,18 @@ class Batches:
         """(E, B) int64: which of all that is shown the step shows; row r is view r // M of picture r % M."""
         return self.order[:, step]
 
+    def read(self, step: int) -> Tensor:
+        """The step's pictures without views (E, K, 3, S, S) uint8, off the mapped file."""
+        pictures = self.images[self.places[:, step, : self.different]]
+        return pictures.pin_memory() if torch.device(self.device).type == "cuda" else pictures
+
     @once
     def taken(self, step: int) -> Tensor:
-        """The step's pictures without views (E, K, 3, S, S) uint8, on the device."""
-        pictures = self.images[self.places[:, step, : self.different]]
-        pictures = pictures.pin_memory() if torch.device(self.device).type == "cuda" else pictures
+        """The same on the device; of mini-batches a thread reads the next one while this one is used."""
+        number, coming = self.coming
+        pictures = coming.result() if number == step else self.read(step)
+        if self.mini and step + 1 < self.steps:
+            self.coming = step + 1, self.background.submit(self.read, step + 1)
         return pictures.to(self.device, non_blocking=True)
 
     @once
