@@ -183,8 +183,8 @@ class Measured(train.Job):
         self.seeds = seeds
         return super().learn(tasks, seeds, **kwargs)
 
-    def logits(self, learner, tasks, told=None):
-        answers = super().logits(learner, tasks, told)
+    def logits(self, learner, tasks):
+        answers = super().logits(learner, tasks)
         records = measure(self, learner, tasks, self.seeds, self.source)
         for (_, number), record, logits, task in zip(self.seeds, records, answers, tasks):
             right = (logits.argmax(-1) == task.truth).double().mean().item()
