@@ -37,8 +37,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from datetime import timedelta
+from difflib import get_close_matches
 from functools import cache, cached_property
 from itertools import product
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -48,8 +50,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import to_pil_image
 
 import atha
 import clip_min
@@ -151,10 +152,13 @@ def own_part(place: str) -> type[Part]:
         data.ordinary(file)
         sys.path.append(str(Path(file).resolve().parent))         # for what it imports from beside it
         part = runpy.run_path(file)[name]
-        if not isinstance(part, type) or not issubclass(part, Part):
+        if not issubclass(part, Part):
             raise TypeError(f"{name} is not a subclass of atha.Part")
-        if taken := [f.name for f in fields(Recipe) if f.name in part.fields]:
-            raise TypeError(f"{name}'s field {taken[0]} is one of Recipe already")
+        for made in vars(part):
+            if not hasattr(Part, made) and (meant := get_close_matches(made, dir(Part), n=1, cutoff=0.9)):
+                raise TypeError(f"nothing calls {made}: is {meant[0]} meant?")
+        if taken := part.fields.keys() & asdict(Recipe()).keys():
+            raise TypeError(f"{name}'s field {min(taken)} is one of Recipe already")
     except (Exception, SystemExit) as e:                        # it is the user's code: anything may be wrong
         raise UsageError(f"--method {place}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     return part
@@ -169,8 +173,8 @@ def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]
     for name in method.split("+") if method != "zero-shot" else ():
         named = [own_part(name)] if ":" in name else [part for part in PARTS if name in part.names]
         if not named:
-            known = f"choose from {', '.join(METHODS)}, FILE.py:NAME, or join some with +"
-            raise UsageError(f"unknown method {method!r}: {known}")
+            raise UsageError(f"unknown method {method!r}: choose from {', '.join(METHODS)}, FILE.py:NAME, "
+                             "or join some with +")
         for part in named:
             on[part] = on.get(part, set()) | part.names.get(name, set())
     if on and tune and not any(part.tunes and "clip-lora" not in part.names for part in on):
@@ -187,13 +191,17 @@ def extended(recipe: Recipe, on: Iterable[type[Part]]) -> Recipe:
     return make_dataclass("Recipe", new.values(), bases=(type(recipe),), frozen=True)(**asdict(recipe))
 
 
+def trainer_of(name: str, method: str) -> str:
+    """The name of a recipe; `released` means the trainer that the method came with."""
+    kinds = {part.__name__ for part in parts_of(method)}
+    from_svl = kinds & {"SVL", "RA", "LV"} and not kinds & {"ATHA", "TIR"}
+    released = "released-svl" if from_svl else "released-atha"
+    return released if name == "released" else name
+
+
 def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "") -> Recipe:
-    """A recipe for a method, a shot and a dataset; `released` is the trainer that the method came with."""
-    on = parts_of(method)
-    kinds = {part.__name__ for part in on}
-    if name == "released":
-        from_svl = kinds & {"SVL", "RA", "LV"} and not kinds & {"ATHA", "TIR"}
-        name = "released-svl" if from_svl else "released-atha"
+    """A recipe by its name for a method, a shot and a dataset. Raises UsageError."""
+    on, name = parts_of(method), trainer_of(name, method)
     if name not in RECIPES:
         raise UsageError(f"unknown recipe {name!r}: choose from {', '.join(RECIPES)}, released")
     recipe = RECIPES[name]
@@ -462,7 +470,7 @@ MEMORY = re.compile("out of ?memory|start new thread|MemoryError|allocate memory
                     "CUBLAS_STATUS_(ALLOC|NOT_)|HostAlloc", re.I)
 
 
-def halving(work: Callable[[int], object], at_once: int, what: str) -> tuple[object, int]:
+def halving(work: Callable, at_once: int, what: str) -> tuple[object, int]:
     """work(at_once), again with half as many while memory runs out; its result, and how many it was."""
     while True:
         try:
@@ -488,49 +496,44 @@ def ahead(call: Callable, items: Sequence) -> Iterator:
             yield coming.result()
 
 
-def rank_and_size() -> tuple[int, int]:
-    """This process and the number of them, as torchrun sets them."""
-    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    set_so = rank.isdecimal() and size.isdecimal() and int(rank) < int(size)
-    return (int(rank), int(size)) if set_so else (0, 1)
-
-
-def join_others() -> None:
-    """Where there are several processes: to wait for each other and gather results. Raises UsageError."""
-    if rank_and_size()[1] > 1:
-        try:
-            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        except (ValueError, RuntimeError) as e:
-            raise UsageError(f"cannot join the other processes: {str(e).splitlines()[0]}") from e
-
-
-def gathered(mine: object) -> list:
-    """What every process has, in the order of their ranks. Raises UsageError when one of them has ended."""
-    everyone = [mine] * rank_and_size()[1]
-    if len(everyone) > 1:
-        try:
-            torch.distributed.all_gather_object(everyone, mine)
-        except RuntimeError as e:
-            raise UsageError("another process has ended: finished episodes are kept, and the same command "
-                             "goes on from there") from e
-    return everyone
-
-
 def pictures_at_once(backbone: CLIP, device: torch.device) -> int:
     """How many pictures fit into free memory in training."""
     c, size = backbone.config, backbone.visual.proj.element_size()
-    if device.type == "cuda":                                    # what PyTorch keeps in reserve is free to us
+    if device.type == "cuda":
+        torch.cuda.empty_cache()                                 # what PyTorch keeps in reserve is free to us
         free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
-        known = ""                                           # where nothing tells, a small machine is assumed
-        with suppress(OSError):
+        free = 4 * 2 ** 30                                   # where nothing tells, a small machine is assumed
+        with suppress(OSError, TypeError):
             known = Path("/proc/meminfo").read_text()
-        found = re.search(r"MemAvailable:\s*(\d+)", known)
-        free = 1024 * int(found[1]) if found else 4 * 2 ** 30
+            free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", known)[1])
     numbers = 15 if device.type == "cuda" else 30  # that backward keeps a token, block and channel: measured
     per_picture = numbers * size * c.vision_width * c.vision_layers * ((c.image // c.patch) ** 2 + 1)
     return max(1, int(0.7 * free / per_picture))
+
+
+def join_others() -> None:
+    """Where torchrun started several processes: to gather results, and wait for each other. DataError."""
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        with data.refusing("cannot join the other processes", ValueError, RuntimeError):
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number, and how many have joined."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def gathered(mine: object) -> list:
+    """What every process has, in the order of their ranks. Raises DataError when one of them has ended."""
+    everyone = [mine] * rank_and_size()[1]
+    if len(everyone) > 1:
+        with data.refusing("another process has ended (finished episodes are kept, and the same command goes "
+                           "on from there)", RuntimeError):
+            torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 # -------------------------------------------------------------------------------------- a method on a dataset
@@ -539,8 +542,6 @@ def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], context:
     """Token rows (C, context) of class names in the prompt, _ as a space. Raises UsageError for twins."""
     rows, seen = tokenizer([prompt.replace("{}", name.replace("_", " ")) for name in names], context), {}
     for name, row in zip(names, map(tuple, rows.tolist())):
-        if not name.replace("_", " ").strip():
-            raise UsageError(f"class {name!r} has no word that could tell it from others: name it")
         if row in seen:
             raise UsageError(f"classes {seen[row]!r} and {name!r} have the same text, so nothing can tell "
                              f"them apart: rename one, or change the prompt {prompt!r}")
@@ -548,10 +549,11 @@ def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], context:
     return rows
 
 
-def check_numbers(seeds: Sequence[tuple], found: Iterable[Tensor], message: str) -> None:
-    """Raises UsageError, with the episodes' numbers in its {}, where what was found is not finite."""
+def check_numbers(what: str, seeds: Sequence[tuple], found: Iterable[Tensor]) -> None:
+    """Raises UsageError, with the episodes' numbers, where what was found is not finite."""
     if broken := [str(number) for (*_, number), x in zip(seeds, found) if not x.isfinite().all()]:
-        raise UsageError(message.format(", ".join(broken)))
+        raise UsageError(f"{what} not a number in {', '.join(broken)}: lower --lr or --dropout, or use "
+                         "--precision float32")
 
 
 @dataclass
@@ -572,12 +574,12 @@ class Job:
         """Pictures of a task that a step holds in memory."""
         r, plain = self.recipe, len(task.support)
         whole = plain * (5 if r.augment == "views" else 1)
-        wants_plain = any(part.wants_plain is not Part.wants_plain for part in parts_of(self.method, r.tune))
         shown = min(r.minibatch or whole, whole)
+        wants_plain = any(part.wants_plain is not Part.wants_plain for part in parts_of(self.method, r.tune))
         return shown + wants_plain * min(plain, shown)
 
-    def learn(self, tasks: Sequence[Task], seeds: Sequence[tuple], told: Callable[[int], object] = int,
-              chunk: int = 0) -> Learner:
+    def learn(self, tasks: Sequence[Task], seeds: Sequence[tuple], told: Callable = int, chunk: int = 0,
+              ) -> Learner:
         """Train tasks with equally many support pictures in one batch; told(step) is called before a step."""
         r, b = self.recipe, self.backbone
         support, labels = (torch.stack([task[i] for task in tasks]) for i in (1, 2))           # (E, M)
@@ -588,8 +590,7 @@ class Job:
         token_ids = self.token_ids[torch.stack([task.classes for task in tasks]).to(self.device)]
         learner = adapt(b, *batches.plain(0), token_ids, self.method, r, batches=batches, seeds=seeds,
                         chunk=chunk, compile=self.compile)
-        mend = "all input is dropped" if r.dropout == 1 else "lower --lr, or use --precision float32"
-        check_numbers(seeds, learner.losses[-1:].T, f"the loss is not a number in {{}}: {mend}")
+        check_numbers("the loss is", seeds, learner.losses[-1:].T)
         return learner
 
     def pictures(self, rows: Tensor) -> Tensor:
@@ -598,8 +599,7 @@ class Job:
         images = images.pin_memory() if self.device.type == "cuda" else images
         return images.to(self.device, non_blocking=True)
 
-    def logits(self, learner: Learner, tasks: Sequence[Task], told: Callable[[int], object] = int,
-               ) -> list[Tensor]:
+    def logits(self, learner: Learner, tasks: Sequence[Task], told: Callable = int) -> list[Tensor]:
         """One (Q, N) a task, on the CPU, in passes that fit memory; told(n): queries that are done."""
         rows = nn.utils.rnn.pad_sequence([task.query for task in tasks], batch_first=True)     # (E, Q)
         passes = []
@@ -610,49 +610,52 @@ class Job:
         return [logits[: len(task.query)] for logits, task in zip(torch.cat(passes, 1), tasks)]
 
 
+def make_job(args: Namespace, backbone: CLIP, tokenizer: Tokenizer, pool: Pool, recipe: Recipe,
+             method: str, phrases: Sequence[str] | None = None) -> Job:
+    """A job whose classes are called as the pool has them, or by these phrases."""
+    token_ids = class_rows(tokenizer, recipe.prompt, phrases or pool.classes, backbone.config.context)
+    return Job(backbone, pool, token_ids.to(backbone.logit_scale.device), method, recipe, args.compile)
+
+
+def trained(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], what: str,
+            at_once: int | None = None) -> Learner:
+    """A learner of tasks in one batch, so many pictures of each at once, or as memory allows."""
+    steps, shown = job.recipe.steps, job.shown(tasks[0])
+    clock, fits = data.Clock(what, steps), pictures_at_once(job.backbone, job.device) // len(tasks)
+
+    def work(chunk):
+        return job.learn(tasks, seeds, chunk=chunk, told=lambda step: clock.tell(
+            step, f"step {step}/{steps} of {shown} pictures"))
+    learner, _ = halving(work, at_once or min(max(1, fits), shown), "picture")
+    clock.tell(steps, f"{steps} steps", last=True)
+    return learner
+
+
 # ---------------------------------------------------------------------------------------------------- results
 
-# What the papers report, in %, on a family of backbones (PE-Core-B/16: SVL's best rows); a row a paper
-PAPER = """
-family   method       shot   isic   eurosat  cropdiseases  chestx  mean
-clip     clip-lora    1      35.23  81.41    85.32         21.73   55.92
-clip     clip-lora    1      36.40  81.72    84.62         21.86   56.07
-clip     clip-lora    5      51.10  92.52    96.21         24.13   65.99
-clip     atha         1      38.86  82.56    87.99         24.00   58.35
-clip     tir          1      39.38  82.53    86.91         23.98   58.20
-clip     tir          5      56.73  93.49    97.42         26.12   68.44
-clip     svl          1      38.12  85.02    87.20         22.68   58.26
-clip     tir-inhibit  5      -      -        -             -       67.66
-clip     tir-enhance  5      -      -        -             -       67.23
-clip     svl-only     1      -      -        -             -       57.55
-clip     ra-only      1      -      -        -             -       57.17
-pe-core  clip-lora    1      40.89  84.49    91.75         22.02   59.78
-pe-core  clip-lora    5      -      -        -             -       68.64
-pe-core  svl          1      45.01  86.83    93.03         23.66   62.14
-pe-core  svl          5      -      -        -             -       70.29
-"""
-OWN_FILE = re.compile("[^+]*:")      # of a user's own method; files of results are named without it
+def check_writable(target: str) -> None:
+    """Raises DataError before the work is done rather than after."""
+    real = Path(os.path.realpath(target))                        # links are followed
+    with data.refusing(f"cannot write {target}", OSError, DataError):
+        if real.exists():
+            data.ordinary(real)
+        real.parent.mkdir(parents=True, exist_ok=True)
+        part = real.with_name(f"{real.name}.{os.getpid()}.part")         # a name as long as `save` needs
+        part.touch()
+        part.unlink()
 
 
-def paper_figure(method: str, shot: int, column: str, family: str = "clip") -> str:
-    """What the papers report on this family of backbones, " (81.41 / 81.72)" where two do, or ""."""
-    head, *rows = (line.split() for line in PAPER.strip().splitlines())
-    told = [row[head.index(column)] for row in rows
-            if row[:3] == [family, method, str(shot)] and column in head[3:]]
-    known = " / ".join(figure for figure in told if figure != "-")
-    return f" ({known})" if known else ""
-
-
-def mean_and_interval(accuracies: Iterable[float]) -> tuple[float, float]:
-    """Mean and half the 95 % interval, 1.96 std / sqrt(n), of accuracies in %."""
-    a = torch.tensor(list(accuracies), dtype=torch.float64)
-    return a.mean().item(), 1.96 * a.std(correction=0).item() / len(a) ** 0.5 if len(a) > 1 else float("nan")
-
-
-def in_short(accuracies: Iterable[float], sign: str = "") -> str:
-    """Mean and interval as text, "81.41 ± 0.42"."""
-    mean, interval = mean_and_interval(accuracies)
-    return f"{mean:{sign}.2f}" + f" ± {interval:.2f}" * (interval == interval)      # nobody knows that of one
+@contextmanager
+def replacing(target: str | Path) -> Iterator[Path]:
+    """A file to write beside the target, whose place it takes when that is done. Raises DataError."""
+    real = Path(os.path.realpath(target))
+    part = real.with_name(f"{os.getpid()}.part{real.suffix}")
+    with data.refusing(f"cannot write {target}", OSError):
+        try:
+            yield part
+            os.replace(part, real)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 class Results:
@@ -680,19 +683,15 @@ class Results:
             self.append([header])
 
     def read(self, part: Path) -> None:
-        known = {}
         for number, line in enumerate(whole_lines(part), 1):
             try:
                 record = json.loads(line)
                 if number == 1:
                     self.compare(part, record)
-                elif [type(record["episode"])] != [int] or type(record["accuracy"]) not in (int, float) or (
-                        record["episode"] < 0 or not 0 <= record["accuracy"] <= 100):
-                    raise ValueError
-                elif known.setdefault(record["episode"], record["accuracy"]) != record["accuracy"]:
-                    raise ValueError                             # which of the two?
-                else:
+                elif type(record["episode"]) is int and 0 <= record["accuracy"] <= 100:
                     self.done[record["episode"]] = record
+                else:
+                    raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise UsageError(f"{part}, line {number}, is damaged: remove it, or give another "
                                  "--out") from e
@@ -703,9 +702,8 @@ class Results:
         old, new = ({**x, **defaults, **x["recipe"], "recipe": ""} for x in (header, ours))
         for key in {**new, **old}:
             if old.get(key) != new.get(key):
-                same = f"--precision {old.get(key)}, " * (key == "precision")
                 raise UsageError(f"{part} was made with {key} {old.get(key)!r}, this run has "
-                                 f"{new.get(key)!r}; give {same}another --out, or remove it")
+                                 f"{new.get(key)!r}; give that, or another --out, or remove it")
 
     def append(self, records: list[dict]) -> None:
         with data.refusing(f"cannot write {self.file.name}"):
@@ -719,55 +717,6 @@ def whole_lines(part: Path) -> list[bytes]:
     data.ordinary(part)
     lines = part.read_bytes().split(b"\n")[:-1]
     return lines if len(lines) > 1 else []
-
-
-def table(title: str, found: dict[tuple[str, str], list[float]], shot: int, sign: str = "",
-          family: str = "clip") -> list[str]:
-    """Lines of a Markdown table of (method, dataset) -> accuracies; shot, family: of the papers' figures."""
-    methods, columns = (list(dict.fromkeys(names)) for names in zip(*found))
-    columns += ["mean"] * (len(columns) > 1)
-    rows = [[title, *columns], ["---"] * (len(columns) + 1)]
-    for method in methods:
-        texts = {c: in_short(found[method, c], sign) for c in columns if (method, c) in found}
-        means = [mean_and_interval(found[method, c])[0] for c in texts]
-        texts["mean"] = f"{sum(means) / len(means):{sign}.2f}"
-        rows.append([method, *(texts.get(c, "") + paper_figure(method, shot, c, family) for c in columns)])
-    return ["", *(printable(f"| {' | '.join(row)} |") for row in rows)]
-
-
-def markdown(cells: dict[tuple[str, int, str], dict[int, float]], family: str = "clip") -> str:
-    """The papers' tables, one a shot, their figures for a family in brackets; below, paired differences.
-
-    cells: of each method, shot and dataset the accuracy of every episode by its number.
-    """
-    lines = []
-    for shot in sorted({shot for _, shot, _ in cells}):
-        found, paired = {}, {}
-        for (method, of_shot, dataset), x in cells.items():
-            base = cells.get(("clip-lora", shot, dataset), {})
-            if of_shot == shot:
-                found[method, dataset] = x.values()
-                if method != "clip-lora" and (both := sorted(x.keys() & base.keys())):
-                    paired[method, dataset] = [x[n] - base[n] for n in both]
-        lines += table(f"{shot}-shot", found, shot, family=family)
-        lines += table("minus clip-lora, paired", paired, shot=0, sign="+") if paired else []
-    return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------------------------- protocols
-
-def tasks_of(args: Namespace, pool: Pool, shot: int, numbers: Iterable[int],
-             ) -> tuple[list[Task], list[tuple]]:
-    """Tasks of a protocol by number, episodes or (all classes, the whole test split), and a seed for each."""
-    tasks = [pool.split(shot, args.seed + n) if args.split else
-             pool.task(n, way=args.way, shot=shot, query=args.query, seed=args.seed) for n in numbers]
-    return tasks, [(args.seed, n) for n in numbers]
-
-
-def make_job(args: Namespace, backbone: CLIP, tokenizer: Tokenizer, pool: Pool, recipe: Recipe,
-             method: str, phrases: Sequence[str] | None = None) -> Job:
-    token_ids = class_rows(tokenizer, recipe.prompt, phrases or pool.classes, backbone.config.context)
-    return Job(backbone, pool, token_ids.to(backbone.logit_scale.device), method, recipe, args.compile)
 
 
 def own_code(method: str) -> dict[str, str]:
@@ -786,9 +735,109 @@ def program() -> str:
                        Path(__file__).read_bytes())
 
 
+# ----------------------------------------------------------------------------------------------------- tables
+
+# What the papers report, in %, on a family of backbones (PE-Core-B/16: SVL's best rows); a row a paper
+PAPER = """
+family   method       shot   isic   eurosat  cropdiseases  chestx  mean
+clip     clip-lora    1      35.23  81.41    85.32         21.73   55.92
+clip     clip-lora    1      36.40  81.72    84.62         21.86   56.07
+clip     clip-lora    5      51.10  92.52    96.21         24.13   65.99
+clip     atha         1      38.86  82.56    87.99         24.00   58.35
+clip     tir          1      39.38  82.53    86.91         23.98   58.20
+clip     tir          5      56.73  93.49    97.42         26.12   68.44
+clip     svl          1      38.12  85.02    87.20         22.68   58.26
+clip     tir-inhibit  5      -      -        -             -       67.66
+clip     tir-enhance  5      -      -        -             -       67.23
+clip     svl-only     1      -      -        -             -       57.55
+clip     ra-only      1      -      -        -             -       57.17
+pe-core  clip-lora    1      40.89  84.49    91.75         22.02   59.78
+pe-core  clip-lora    5      -      -        -             -       68.64
+pe-core  svl          1      45.01  86.83    93.03         23.66   62.14
+pe-core  svl          5      -      -        -             -       70.29
+"""
+
+
+def paper_figure(method: str, shot: int, column: str, family: str = "clip") -> str:
+    """What the papers report on this family of backbones, " (81.41 / 81.72)" where two do, or ""."""
+    head, *rows = (line.split() for line in PAPER.strip().splitlines())
+    told = [dict(zip(head, row)).get(column, "-") for row in rows if row[:3] == [family, method, str(shot)]]
+    known = " / ".join(figure for figure in told if figure != "-")
+    return f" ({known})" if known else ""
+
+
+def mean_and_interval(accuracies: Iterable[float]) -> tuple[float, float]:
+    """Mean and half the 95 % interval, 1.96 std / sqrt(n), of accuracies in %."""
+    a = torch.tensor(list(accuracies), dtype=torch.float64)
+    return a.mean().item(), 1.96 * a.std(correction=0).item() / len(a) ** 0.5 if len(a) > 1 else float("nan")
+
+
+def in_short(accuracies: Iterable[float], sign: str = "") -> str:
+    """Mean and interval as text, "81.41 ± 0.42"."""
+    mean, interval = mean_and_interval(accuracies)
+    return f"{mean:{sign}.2f}" + f" ± {interval:.2f}" * (interval == interval)      # nobody knows that of one
+
+
+def table(title: str, found: dict, sign: str = "", shot: int = 0, family: str = "") -> list[str]:
+    """Lines of a Markdown table of (method, dataset) -> accuracies; shot, family: of the papers' figures."""
+    methods, datasets = (list(dict.fromkeys(names)) for names in zip(*found))
+    columns = [*datasets, "mean"] if len(datasets) > 1 else datasets
+    rows = [[title, *columns], ["---"] * (len(columns) + 1)]
+    for method in methods:
+        texts = [in_short(found[method, dataset], sign) for dataset in datasets]
+        means = [mean_and_interval(found[method, dataset])[0] for dataset in datasets]
+        texts.append(f"{sum(means) / len(means):{sign}.2f}")
+        cells = [text + paper_figure(method, shot, column, family) for text, column in zip(texts, columns)]
+        rows.append([method, *cells])
+    return ["", *(printable(f"| {' | '.join(row)} |") for row in rows)]
+
+
+def markdown(cells: dict, family: str = "clip", recipe: str = "paper") -> str:
+    """The papers' tables, one a shot, their figures for a family in brackets; below, paired differences.
+
+    cells: of each (method, shot, dataset) the accuracy of every episode by its number. recipe: its name; what
+    another trainer than the baseline's gave is not compared with it.
+    """
+    lines = []
+    for shot in sorted({shot for _, shot, _ in cells}):
+        found = {(method, dataset): x for (method, of_shot, dataset), x in cells.items() if of_shot == shot}
+        lines += table(f"{shot}-shot", {key: x.values() for key, x in found.items()}, "", shot, family)
+        base = {dataset: x for (method, dataset), x in found.items() if method == "clip-lora"}
+        paired = {(method, dataset): [x[n] - base[dataset][n] for n in x]
+                  for (method, dataset), x in found.items() if base and method != "clip-lora"
+                  and trainer_of(recipe, method) == trainer_of(recipe, "clip-lora")}
+        lines += table("minus clip-lora, paired", paired, sign="+") if paired else []
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------- protocols
+
+OWN_FILE = re.compile("[^+]*:")      # of a user's own method; files of results are named without it
+
+
 def called(dataset: str) -> str:
     """A dataset's name, or its folder's, however that is spelled."""
     return os.path.basename(os.path.abspath(dataset))
+
+
+def task_of(args: Namespace, pool: Pool, shot: int, number: int) -> Task:
+    """A task of a protocol, by its number: an episode, or all classes and the whole test split."""
+    if args.split:
+        return pool.split(shot, args.seed + number)
+    return pool.task(number, way=args.way, shot=shot, query=args.query, seed=args.seed)
+
+
+def name_and_header(args: Namespace, job: Job, dataset: str, shot: int) -> tuple[str, dict]:
+    """The name of a file of results, and what makes them what they are: a run goes on only with its like."""
+    kind, protocol = f"{args.way}way", {"way": args.way, "query": args.query}
+    if args.split:
+        kind = "split"
+        protocol = {"split": data.digest(job.pool.train.tolist(), job.pool.test.tolist())}
+    name = f"{called(dataset)}-{kind}-{shot}shot-{OWN_FILE.sub('', job.method)}-{args.recipe}-seed{args.seed}"
+    return name, {
+        "dataset": called(dataset), **protocol, "shot": shot, "seed": args.seed, "method": job.method,
+        "recipe": fields_of(job.recipe, job.method), **own_code(job.method), "precision": args.precision,
+        "weights": job.backbone.fingerprint, "data": job.pool.fingerprint}
 
 
 def try_tasks(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], told: Callable) -> list[dict]:
@@ -798,65 +847,68 @@ def try_tasks(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], told: Cal
     learner = job.learn(tasks, seeds, told=lambda step: told(0.9 * step / job.recipe.steps))
     most = max(len(task.query) for task in tasks)
     logits = job.logits(learner, tasks, told=lambda done: told(0.9 + 0.1 * done / most))
-    check_numbers(seeds, logits, "the answers are not a number in {}: lower --lr")
+    check_numbers("an answer is", seeds, logits)
     losses = learner.losses[-1:].sum(0).tolist()                 # 0 where nothing was trained
     right = [(x.argmax(-1) == task.truth).double() for x, task in zip(logits, tasks)]
     return [{"episode": number, "accuracy": 100 * x.mean().item(), "loss": loss}
             for (_, number), x, loss in zip(seeds, right, losses)]
 
 
-def merged(mine: dict) -> dict:
-    """What all processes have: other machines may keep their files to themselves."""
-    return {key: value for theirs in gathered(mine) for key, value in theirs.items()}
+def share(results: Results) -> None:
+    """Make known to all processes what each has done: other machines may keep their files to themselves."""
+    for theirs in gathered(results.done):
+        results.done |= theirs
 
 
 def run_job(args: Namespace, job: Job, dataset: str, shot: int) -> dict[int, float]:
     """Train what is not done yet, in batches of tasks; returns the accuracy of every task by its number."""
     rank, size = rank_and_size()
-    episodes = args.episodes or (3 if args.split else 100 if dataset == "toy" else 800 if shot == 1 else 400)
-    dataset, kind, protocol = called(dataset), f"{args.way}way", {"way": args.way, "query": args.query}
-    if args.split:
-        pool, kind = job.pool, "split"
-        protocol = {"split": data.digest(pool.train.tolist(), pool.test.tolist())}
-    name = f"{dataset}-{kind}-{shot}shot-{OWN_FILE.sub('', job.method)}-{args.recipe}-seed{args.seed}"
-    header = {"dataset": dataset, **protocol, "shot": shot, "seed": args.seed, "method": job.method,
-              "recipe": fields_of(job.recipe, job.method), **own_code(job.method),
-              "precision": args.precision, "weights": job.backbone.fingerprint, "data": job.pool.fingerprint}
+    first = task_of(args, job.pool, shot, 0)                 # refused before a file is made, if it cannot be
+    (name, header), episodes = name_and_header(args, job, dataset, shot), args.episodes
+    if not episodes:
+        episodes = 3 if args.split else 100 if dataset == "toy" else 800 if shot == 1 else 400
     if gathered((header, episodes)) != [(header, episodes)] * size:
         raise UsageError("the processes were not started with the same command")
-    (first,), _ = tasks_of(args, job.pool, shot, [0])        # refused before a file is made, if it cannot be
     results = Results(Path(args.out) / name, header, rank)
-    results.done = merged(results.done)
+    share(results)
     missing = [n for n in range(episodes) if n not in results.done]
-    todo, before = missing[rank::size], 0
     fits = pictures_at_once(job.backbone, job.device) // job.shown(first)
     at_once = args.batch or min(128 if job.device.type == "cuda" else 16, max(1, fits))
-    made_by = {"device": str(job.device), "ranks": size, "compile": job.compile, "torch": torch.__version__,
-               "program": program()}
-    clock = data.Clock(name, len(todo))
-    if rank == 0 and todo:
+    if rank == 0 and missing:
         progress(f"{name}: {episodes - len(missing)} of {episodes} {args.task}s are done, "
                  f"the others {at_once} at a time")
+    work_off(args, job, shot, missing[rank::size], results, name, at_once)
+    share(results)
+    return {n: results.done[n]["accuracy"] for n in range(episodes)}
+
+
+def work_off(args: Namespace, job: Job, shot: int, todo: list[int], results: Results, name: str, at_once: int,
+             ) -> None:
+    """Train tasks by their numbers, so many at once or as memory allows, and keep what each batch gives."""
+    rank, size = rank_and_size()
+    before, clock = 0, data.Clock(name, len(todo))
+    made_by = {"device": str(job.device), "ranks": size, "compile": job.compile, "torch": torch.__version__,
+               "program": program()}
     if job.compile:
         torch.compiler.reset()                               # other shapes: old graphs would only count
 
-    def told(done: float) -> None:
-        accuracies = [record["accuracy"] for n, record in results.done.items() if n < episodes]
-        so_far = f", {in_short(accuracies)} %" if accuracies else ""
-        if rank == 0 and done:                               # what is to be done was said above
+    def told(done):
+        if rank == 0 and done:                               # what is to be done was said before
+            accuracies = [record["accuracy"] for record in results.done.values()]
+            so_far = f", {in_short(accuracies)} %" if accuracies else ""
             clock.tell(done, f"{before}/{len(todo)}{so_far}", last=before == len(todo))
 
-    def batch(at_once: int) -> list[dict]:
-        tasks, seeds = tasks_of(args, job.pool, shot, todo[before: before + at_once])
-        return try_tasks(job, tasks, seeds, told=lambda share: told(before + share * len(tasks)))
+    def batch(at_once):
+        numbers = todo[before: before + at_once]
+        tasks = [task_of(args, job.pool, shot, n) for n in numbers]
+        return try_tasks(job, tasks, [(args.seed, n) for n in numbers],
+                         told=lambda share: told(before + len(tasks) * share))
     while before < len(todo):
         records, at_once = halving(batch, at_once, args.task)
         made_by |= {"batch": len(records), "elapsed": round(time.monotonic() - clock.begun, 2)}
         results.append([record | made_by for record in records])
         before += len(records)
         told(before)
-    done = merged(results.done)
-    return {n: done[n]["accuracy"] for n in range(episodes)}
 
 
 # ----------------------------------------------------------------------------------------------- own pictures
@@ -865,53 +917,20 @@ AT_ONCE, MINI = 64, 16   # --fit sees up to 64 pictures in every step; of more, 
 SHEET = 48               # pictures on the sheet that --predict draws
 VERDICTS = ("within noise: these pictures cannot tell whether tuning helps", "tuning helps", "tuning harms")
 NOTES = {                # what --save notes beside the tensors, and of what kind it is
-    "classes": [list], "phrases": [list], "method": [str], "recipe": [dict], "weights": [str],
-    "code": [dict], "place": [str, type(None)], "temperature": [float, type(None)], "size": [int],
+    "classes": list, "phrases": list, "method": str, "recipe": dict, "weights": str, "code": dict,
+    "place": str | None, "temperature": float | None, "size": int,
 }
 
 
 def read_names(path: str, classes: Sequence[str]) -> list[str]:
-    """Phrase of each class: what a JSON object says of the folder, or its name. Raises UsageError."""
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name stands in it twice")
-        return dict(pairs)
-    try:
-        names = json.loads(data.read_text(Path(path)), object_pairs_hook=once)
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, dict) or not all(isinstance(phrase, str) for phrase in names.values()):
-        raise UsageError(f'--names {path} must hold one JSON object of texts, {{"folder": "phrase", ...}}')
-    if unknown := [name for name in names if name not in classes]:
-        raise UsageError(f"--names {path}: no class folder {unknown[0]!r}; there are {', '.join(classes)}")
+    """Phrase of each class: what a JSON object says of the folder, or its name. UsageError or DataError."""
+    with data.refusing(f"--names {path}", ValueError, RecursionError):
+        names = json.loads(data.read_text(Path(path)))
+        if not isinstance(names, dict) or not all(isinstance(phrase, str) for phrase in names.values()):
+            raise ValueError('it must hold one JSON object of texts, {"folder": "phrase", ...}')
+    if unknown := names.keys() - classes:
+        raise UsageError(f"--names {path}: no class folder {min(unknown)!r}; there are {', '.join(classes)}")
     return [names.get(name, name) for name in classes]
-
-
-def check_writable(path: Path) -> Path:
-    """Where a file would be, links followed. Raises UsageError before the work is done rather than after."""
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    try:
-        if os.path.lexists(path) and not path.is_file():
-            raise OSError(0, "it is not an ordinary file")
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")         # a name as long as `save` needs
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        part.unlink()
-    except OSError as e:
-        raise UsageError(f"cannot write {path}: {e.strerror}") from e
-    return path
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A file to write beside the target, whose place it takes when that is done. Raises DataError."""
-    part = target.with_name(f"{os.getpid()}.part{target.suffix}")
-    with data.refusing(f"cannot write {target}", OSError):
-        try:
-            yield part
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def own_tasks(pool: Pool, holdout: int, folds: int, seed: int) -> list[Task]:
@@ -919,7 +938,7 @@ def own_tasks(pool: Pool, holdout: int, folds: int, seed: int) -> list[Task]:
 
     The queries of the folds together are all pictures; they have equally many to learn from.
     """
-    def task(support: Tensor, query: Tensor) -> Task:
+    def task(support, query):
         return Task(torch.arange(len(pool.classes)), support, pool.labels[support], query, pool.labels[query])
     order = [rows[torch.randperm(len(rows), generator=generator("holdout", seed, label))]
              for label, rows in enumerate(pool.rows)]
@@ -930,19 +949,24 @@ def own_tasks(pool: Pool, holdout: int, folds: int, seed: int) -> list[Task]:
     return [task(kept, held), *(task(rows[fold != k][:least], rows[fold == k]) for k in range(folds))]
 
 
-def fit(args: Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
-    """Fine-tune once on a folder of class folders, tell how far to trust what comes out, and keep it."""
-    pool, method, place = data.load_folder(args.fit), args.method[0], args.weights
-    phrases = read_names(args.names, pool.classes) if args.names else pool.classes
+def own_pool(args: Namespace) -> Pool:
+    """The folder of --fit, if there is enough in it. Raises UsageError."""
+    pool, needed = data.load_folder(args.fit), max(args.holdout + 1, args.folds)
     if len(pool.classes) < 2:
         raise UsageError(f"{args.fit} has one class, {pool.classes[0]!r}: there is nothing to tell apart")
-    needed = max(args.holdout + 1, args.folds)
     if short := [f"{name!r} has {len(r)}" for name, r in zip(pool.classes, pool.rows) if len(r) < needed]:
         flag = f"--folds {args.folds}" if args.folds else f"--holdout {args.holdout}"
         raise UsageError(f"{flag} takes {needed} pictures of every class or more: {', '.join(short)}")
     if pool.train is not None:
         progress(f"{args.fit} has a split: of its {len(pool.labels)} pictures, the {len(pool.train)} of its "
                  "training part are used")
+    return pool
+
+
+def fit(args: Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
+    """Fine-tune once on a folder of class folders, tell how far to trust what comes out, and keep it."""
+    pool, method, place = own_pool(args), args.method[0], args.weights
+    phrases = read_names(args.names, pool.classes) if args.names else pool.classes
     whole, *folds = own_tasks(pool, args.holdout, args.folds, args.seed)
     trials = folds or [whole]
     shown = len(trials[0].support)
@@ -951,10 +975,9 @@ def fit(args: Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
         recipe = replace(recipe, minibatch=MINI, steps=4 * max(recipe.steps, shown // MINI))
     job = make_job(args, backbone, tokenizer, pool, flagged(args, recipe), method, phrases)
 
-    def fitted(tasks: Sequence[Task]) -> Learner:
-        what = f"fitting {method} on {len(tasks[0].support)} pictures"
-        what += f" of {len(tasks)} folds" * (len(tasks) > 1)
-        return trained(job, tasks, [("fit", args.seed, k) for k in range(len(tasks))], what, args.batch)
+    def fitted(tasks):
+        seeds = [("fit", args.seed, k) for k in range(len(tasks))]
+        return trained(job, tasks, seeds, f"fitting {method}", args.batch)
     learner = fitted(trials)
     temperature = trust(job, learner, trials) if len(trials[0].query) else None
     learner = fitted([whole]) if folds else learner
@@ -963,46 +986,29 @@ def fit(args: Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
              "place": os.path.abspath(place) if place and os.path.exists(place) else place,
              "size": pool.images.shape[-1]}
     save(learner.learned(), args.save, {key: json.dumps(value) for key, value in notes.items()})
-    doubt = "" if temperature else "; its percentages are not calibrated: --holdout or --folds would do that"
-    print(printable(f"saved {args.save}{doubt}"))
+    print(printable(f"saved {args.save}"))
     return 0
-
-
-def trained(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], what: str,
-            at_once: int | None = None) -> Learner:
-    """A learner of tasks in one batch, so many pictures of each at once, or as memory allows."""
-    steps, shown = job.recipe.steps, job.shown(tasks[0])
-    clock, fits = data.Clock(what, steps), pictures_at_once(job.backbone, job.device) // len(tasks)
-
-    def work(chunk: int) -> Learner:
-        return job.learn(tasks, seeds, chunk=chunk, told=lambda step: clock.tell(
-            step, f"step {step}/{steps} of {shown} pictures"))
-    learner, _ = halving(work, at_once or min(max(1, fits), shown), "picture")
-    clock.tell(steps, f"{steps} steps", last=True)
-    return learner
 
 
 def trust(job: Job, learner: Learner, tasks: Sequence[Task]) -> float:
     """Print how the tasks' queries are answered, tuned and not; returns the temperature of the answers."""
-    truth, right = torch.cat([task.truth for task in tasks]), {}                     # (n,)
+    truth, classes = torch.cat([task.truth for task in tasks]), job.pool.classes     # (n,)
     frozen = Learner(job.backbone, learner.token_ids, "zero-shot", job.recipe)
-    for name, model in {"zero-shot": frozen, job.method: learner}.items():
-        logits = torch.cat(job.logits(model, tasks))                                 # (n, N)
-        said = logits.argmax(-1)
-        right[name] = 100 * (said == truth).double()
+    plain, logits = (torch.cat(job.logits(model, tasks)) for model in (frozen, learner))       # (n, N)
+    before, after = (100 * (x.argmax(-1) == truth).double() for x in (plain, logits))
     best, folds = 100 * int(truth.bincount().max()) / len(truth), f" in {len(tasks)} folds" * (len(tasks) > 1)
     print(f"{len(truth)} pictures held out{folds}; chance, the most frequent class: {best:.2f} %")
-    for name, each in right.items():
-        interval = mean_and_interval([*each, 0, 0, 100, 100])[1]     # as if two more were right, two wrong
-        print(f"{name + ':':{len(job.method) + 10}s} {each.mean():6.2f} ± {interval:.2f} %")
-    gains = each - right["zero-shot"]
+    for name, right in (("zero-shot", before), (job.method, after)):
+        interval = mean_and_interval([*right, 0, 0, 100, 100])[1]    # as if two more were right, two wrong
+        print(f"{name + ':':{len(job.method) + 10}s} {right.mean():6.2f} ± {interval:.2f} %")
+    gains = after - before
     gain, noise = gains.mean().item(), mean_and_interval([*gains, -100, 100])[1]
     verdict = VERDICTS[(gain > noise) - (gain < -noise)]
     print(f"difference: {gain:+.2f} ± {noise:.2f} points, picture by picture: {verdict}")
-    say_confusions(job.pool.classes, confusion_of(truth, said, len(job.pool.classes)))
+    say_confusions(classes, confusion_of(truth, logits.argmax(-1), len(classes)))
     temperature = temperature_of(logits, truth)
-    before, after = (100 * calibration_error((logits / t).softmax(-1), truth) for t in (1, temperature))
-    print(f"percentages are off by {before:.1f} points, {after:.1f} with temperature {temperature:.3g}, "
+    off, less = (100 * calibration_error((logits / t).softmax(-1), truth) for t in (1, temperature))
+    print(f"percentages are off by {off:.1f} points, {less:.1f} with temperature {temperature:.3g}, "
           "which was fitted to the same pictures")
     return temperature
 
@@ -1029,28 +1035,28 @@ def confusion_of(truth: Tensor, said: Tensor, classes: int) -> Tensor:
     return (truth * classes + said).bincount(minlength=classes ** 2).view(classes, classes)
 
 
-def say_confusions(classes: Sequence[str], confusion: Tensor) -> None:
-    """A line for each class, no wider than the terminal: pictures, share known, what others passed for."""
-    width = terminal_width()
-    named = min(max(map(len, classes)), max(10, width // 3))
-    print(f"{'true class':{named}s}  pictures    right  taken for"[:width])
-    for label, (name, row) in enumerate(zip(classes, confusion.tolist())):
-        if pictures := sum(row):
-            others = sorted((-n, classes[i]) for i, n in enumerate(row) if n and i != label)
-            others = ", ".join(f"{printable(other)} {-n}" for n, other in others)
-            right = 100 * row[label] / pictures
-            print(f"{clipped(name, named):{named}s}  {pictures:8d} {right:6.1f} %  {others}"[:width])
-
-
 def terminal_width() -> int:
     """Columns that a row may take, as good as endless where the output is no terminal."""
     return shutil.get_terminal_size((10 ** 6, 0)).columns - 1
 
 
 def clipped(text: object, width: int) -> str:
-    """A text as it may be printed; if it is too long its end, where names and paths differ."""
+    """A text as it may be printed, filled up to a width; if it is too long its end, where names differ."""
     text = printable(text)
-    return text if len(text) <= width else "..." + text[3 - width:]
+    return text.ljust(width) if len(text) <= width else "..." + text[3 - width:]
+
+
+def say_confusions(classes: Sequence[str], confusion: Tensor) -> None:
+    """A line for each class, no wider than the terminal: pictures, share known, what others passed for."""
+    width = terminal_width()
+    named = min(max(map(len, ("true class", *classes))), max(10, width // 3))
+    print(f"{'true class':{named}s}  pictures    right  taken for"[:width])
+    for label, (name, row) in enumerate(zip(classes, confusion.tolist())):
+        if pictures := sum(row):
+            right, row[label] = 100 * row[label] / pictures, 0
+            others = sorted((-n, other) for n, other in zip(row, classes) if n)
+            others = ", ".join(f"{other} {-n}" for n, other in others)
+            print(f"{clipped(name, named)}  {pictures:8d} {right:6.1f} %  {printable(others)}"[:width])
 
 
 # ----------------------------------------------------------------------------------------------- saved files
@@ -1065,7 +1071,7 @@ def read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             stored = file.metadata() or {}
         notes = {key: json.loads(stored[key]) for key in NOTES}
         classes, phrases = notes["classes"], notes["phrases"]
-        fits = [type(notes[key]) in kinds for key, kinds in NOTES.items()]       # True is no number here
+        fits = [isinstance(notes[key], kind) for key, kind in NOTES.items()]
         fits += [isinstance(name, str) for name in [*classes, *phrases]]
         fits += [1 < len(set(classes)) == len(classes) == len(phrases), 0 < notes["size"] <= 4096,
                  0.01 <= (notes["temperature"] or 1) <= 100]
@@ -1074,7 +1080,7 @@ def read_saved(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         return tensors, notes
     except (OSError, RuntimeError, SafetensorError) as e:
         raise UsageError(f"cannot read {path} as a file that --save wrote: {e}") from e
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise UsageError(f"{path} is not a file that --save wrote, or of another version") from e
 
 
@@ -1082,22 +1088,26 @@ def load_tuned(path: str | Path, backbone: CLIP, tokenizer: Tokenizer, own: Sequ
     """What --save kept, on the weights that it was made with: a Learner with .prepare, .logits and .classes.
 
     .size: pixels a side that pictures are decoded to; .temperature: what logits are divided by for
-    probabilities, None where they are not calibrated. own: methods of the user's own that the file may name,
-    as no code is run because a file says so. Raises UsageError, or DataError for what is no ordinary file.
+    probabilities, None where they are not calibrated. own: methods that the file names, all of the user's own
+    among them, as no code is run because a file says so. Raises UsageError, or DataError for what is no
+    ordinary file.
     """
     tensors, notes = read_saved(path)
     method, recipe = notes["method"], notes["recipe"]
     if notes["weights"] != backbone.fingerprint:
         raise UsageError(f"{path} was fitted on the weights {notes['weights']}, these are "
                          f"{backbone.fingerprint}: give the right --weights")
-    named = f"{method}+{recipe.get('tune')}".split("+")
-    if missing := [name for name in named if ":" in name and name not in own]:
-        raise UsageError(f"{path} was fitted with {missing[0]}, a method of your own: name it by --method "
+    theirs = {name for name in f"{method}+{recipe.get('tune')}".split("+") if ":" in name}
+    asked = {name for given in own for name in given.split("+")}
+    if missing := theirs - asked:
+        raise UsageError(f"{path} was fitted with {min(missing)}, a method of your own: name it by --method "
                          "so that its code may run")
+    if others := asked - theirs - {*method.split("+")}:
+        raise UsageError(f"{path} was fitted with {method}, not with {min(others)}")
     if notes["code"] != own_code(method):
         raise UsageError(f"{path} was fitted with other code of {method} than is there now")
     blank = extended(Recipe(), parts_of(method))
-    if unknown := recipe.keys() ^ {f.name for f in fields(blank)}:
+    if unknown := recipe.keys() ^ asdict(blank).keys():
         raise UsageError(f"{path} is of another version: field {min(unknown)} of its recipe")
     recipe = {key: tuple(value) if isinstance(value, list) else value for key, value in recipe.items()}
     recipe = checked(replace(blank, **recipe))
@@ -1114,24 +1124,24 @@ def load_tuned(path: str | Path, backbone: CLIP, tokenizer: Tokenizer, own: Sequ
 
 # ---------------------------------------------------------------------------------------------- new pictures
 
-def pictures_in(folder: Path, skip: Callable[[object], None]) -> Iterator[Path]:
+def pictures_in(folder: Path, skip: Callable, seen: set[Path]) -> Iterator[Path]:
     """Pictures in a folder and all below, links too, each folder once; skip hears of what cannot be read."""
-    seen = set()
-
-    def unread(error: OSError) -> None:
-        skip(f"cannot look into {error.filename}: {error.strerror}")
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=unread):
-        real = os.path.realpath(place)
-        folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
-        yield from (Path(place, name) for name in sorted(files)
-                    if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS) and real not in seen)
+    real = folder.resolve()
+    if real not in seen:
         seen.add(real)
+        try:
+            folders, files = data.visible(folder)
+        except DataError as e:
+            folders, files = [], []
+            skip(e)
+        yield from (folder / name for name in files if name.lower().endswith(IMG_EXTENSIONS))
+        for name in folders:
+            yield from pictures_in(folder / name, skip, seen)
 
 
-def classified(learner: Learner, paths: Sequence[Path], skip: Callable[[object], None],
-               ) -> Iterator[tuple[Path, Tensor]]:
+def classified(learner: Learner, paths: Sequence[Path], skip: Callable) -> Iterator[tuple[Path, Tensor]]:
     """Pictures with their probabilities (N,); threads decode the next ones meanwhile; skip as above."""
-    def attempt(path: Path) -> tuple[Path, Tensor] | None:
+    def attempt(path):
         try:
             return path, decode(path, learner.size)
         except DataError as e:
@@ -1148,69 +1158,81 @@ def classified(learner: Learner, paths: Sequence[Path], skip: Callable[[object],
                 yield from zip(readable, logits.softmax(-1))
 
 
+def say_json(path: Path, best: list[tuple[str, float]], top: int) -> None:
+    """A picture and what it may be, for programs."""
+    (name, p), (second, q) = best[:2]
+    print(json.dumps({"picture": str(path), "class": name, "probability": p, "runner_up": second,
+                      "runner_up_probability": q, "top": best[:top]}))
+
+
 Answers = list[tuple[Path, str | None, str, float]]  # picture, its class folder, what was said, how surely
 
 
+def say_accuracy(classes: list[str], answers: Answers, as_json: bool) -> None:
+    """How many of the pictures in folders that have a class's name were right, and what others passed for."""
+    known = [(classes.index(true), classes.index(said)) for _, true, said, _ in answers if true]
+    if not known:
+        return
+    confusion = confusion_of(*torch.tensor(known).T, len(classes))
+    accuracy = 100 * int(confusion.trace()) / len(known)
+    if as_json:
+        print(json.dumps({"accuracy": accuracy, "pictures": len(known), "classes": classes,
+                          "confusion": confusion.tolist()}))
+    else:
+        print(f"\naccuracy {accuracy:.2f} % of {len(known)} pictures\n")
+        say_confusions(classes, confusion)
+
+
 def predict(args: Namespace, learner: Learner) -> int:
-    """Classify pictures and folders; prints a table or JSON lines, returns 1 when something can't be read."""
+    """Classify pictures and folders, a line each; returns 1 when something can't be read."""
     classes, top, paths, skipped, answers = learner.classes, min(args.top, len(learner.classes)), [], [], []
 
-    def skip(reason: object) -> None:
+    def skip(reason):
         skipped.append(reason)
         progress(f"skipped: {reason}")
+    seen = set()
     for path in map(Path, args.predict[1:]):
-        paths += pictures_in(path, skip) if path.is_dir() else [path]
+        paths += pictures_in(path, skip, seen) if path.is_dir() else [path]
     if not paths:
         raise UsageError("no pictures to classify: name pictures or folders after the saved file")
     if not learner.temperature:
         progress("the percentages are not calibrated: --fit with --holdout or --folds does that")
-    named = min(max(map(len, (*classes, "runner-up"))), max(9, (terminal_width() - 16) // top - 9))
+    named = min(max(map(len, ("runner-up", *classes))), max(9, (terminal_width() - 16) // top - 9))
     wide = min(max(len(printable(path)) for path in paths), max(16, terminal_width() - top * (named + 9)))
     if not args.json:
         ranks = ["class", "runner-up", *(f"{rank}." for rank in range(3, top + 1))]
         print("picture".ljust(wide) + "".join(f"  {rank:{named}s}      %" for rank in ranks[:top]))
     for path, chances in data.told(classified(learner, paths, skip), len(paths), "classifying"):
-        best = [(classes[i], p) for p, i in zip(*map(Tensor.tolist, chances.topk(max(2, top))))]
-        true = path.parent.name if path.parent.name in classes else None
-        answers.append((path, true, *best[0]))
+        best = sorted(zip(classes, chances.tolist()), key=lambda one: -one[1])
+        answers.append((path, path.parent.name if path.parent.name in classes else None, *best[0]))
         if args.json:
-            (name, p), (second, q) = best[:2]
-            print(json.dumps({"picture": str(path), "class": name, "probability": p, "runner_up": second,
-                              "runner_up_probability": q, "top": best[:top]}))
+            say_json(path, best, top)
         else:
-            print(clipped(path, wide).ljust(wide)
-                  + "".join(f"  {clipped(name, named):{named}s}  {100 * p:5.1f}" for name, p in best[:top]))
-    if known := [(classes.index(true), classes.index(said)) for _, true, said, _ in answers if true]:
-        confusion = confusion_of(*torch.tensor(known).T, len(classes))
-        accuracy = 100 * int(confusion.trace()) / len(known)
-        if args.json:
-            print(json.dumps({"accuracy": accuracy, "pictures": len(known), "classes": classes,
-                              "confusion": confusion.tolist()}))
-        else:
-            print(f"\naccuracy {accuracy:.2f} % of {len(known)} pictures\n")
-            say_confusions(classes, confusion)
+            said = "".join(f"  {clipped(name, named)}  {100 * p:5.1f}" for name, p in best[:top])
+            print(clipped(path, wide) + said)
+    say_accuracy(classes, answers, args.json)
     if args.draw and answers:
-        draw_sheet(Path(args.draw), answers, learner.size)
+        draw_sheet(args.draw, answers, learner.size)
     return 1 if skipped else 0
 
 
-def draw_sheet(target: Path, answers: Answers, size: int) -> None:
+def draw_sheet(target: str, answers: Answers, size: int) -> None:
     """Pictures with what was said and how surely: wrong ones first, the surest first; then the least sure."""
-    def order(answer: tuple) -> tuple[bool, float]:
+    def order(answer):
         _, true, said, sure = answer
         right = true in (said, None)
         return right, sure if right else -sure
-    side, tiles = 192, []                                                # pixels
-    for path, true, said, sure in sorted(answers, key=order)[:SHEET]:
-        tile = Image.new("RGB", (side, side + 44), "white")
-        tile.paste(to_pil_image(decode(path, size)).resize((side - 4, side - 4)))
+    shown, side, high, across = sorted(answers, key=order)[:SHEET], 192, 236, 6          # pixels; in a row
+    sheet = Image.new("RGB", (across * side, ceil(len(shown) / across) * high), "white")
+    for i, (path, true, said, sure) in enumerate(shown):
+        x, y = i % across * side, i // across * high
+        sheet.paste(to_pil_image(decode(path, size)).resize((side - 4, side - 4)), (x, y))
         lines = f"{said} {100 * sure:.0f} %", f"is {true}" * bool(true), path.name
-        lines = "\n".join(clipped(line, 30) for line in lines)
+        lines = "\n".join(printable(line)[-30:] for line in lines)
         lines = lines.encode("latin-1", "replace").decode("latin-1")     # Pillow's own font has these
-        ImageDraw.Draw(tile).text((0, side - 2), lines, "black")
-        tiles.append(pil_to_tensor(tile))
+        ImageDraw.Draw(sheet).text((x, y + side - 2), lines, "black")
     with replacing(target) as part:
-        to_pil_image(make_grid(tiles, nrow=6, padding=0, pad_value=255)).save(part)
+        sheet.save(part)
     progress(f"drew {target}")
 
 
@@ -1220,35 +1242,40 @@ def merge(backbone: CLIP) -> None:
     """Take LoRA out of a backbone, adding each product to the weights beside it."""
     adapters = {path: module for path, module in backbone.named_modules() if isinstance(module, LoRA)}
     for path, adapter in adapters.items():
-        linear, (parent, _, name) = adapter.linear, path.rpartition(".")
-        product = adapter.scaling * adapter.B[0] @ adapter.A[0]                      # (out, in)
-        linear.weight = nn.Parameter(linear.weight + product.to(linear.weight.dtype), requires_grad=False)
-        setattr(backbone.get_submodule(parent), name, linear)
+        weight = adapter.linear.weight                                                   # (out, in)
+        product = adapter.scaling * adapter.B[0] @ adapter.A[0]
+        adapter.linear.weight = nn.Parameter(weight + product.to(weight.dtype), requires_grad=False)
+        backbone.set_submodule(path, adapter.linear)
+
+
+def peft_adapter(learner: Learner) -> tuple[dict[str, Tensor], dict]:
+    """LoRA alone as peft keeps it for a model of transformers: tensors and config."""
+    r, (tensors, config) = learner.recipe, clip_min.hugging_face(learner.backbone)
+    targets = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
+    if not targets or "model_cfg" in config:
+        raise UsageError("there is no LoRA for a model of transformers, which --format peft writes")
+    tensors = {f"base_model.model.{path}.lora_{letter}.weight": tensors[f"{path}.{letter}"][0].contiguous()
+               for path in targets for letter in "AB"}
+    return tensors, {"peft_type": "LORA", "target_modules": targets, "r": r.rank, "use_rslora": True,
+                     "lora_alpha": r.lora_alpha, "lora_dropout": r.dropout, "inference_mode": True}
 
 
 def export(args: Namespace, learner: Learner) -> int:
     """Write a folder for others' libraries: the model with LoRA merged, or LoRA alone; and class texts."""
     (saved, target), r, c = map(Path, args.export), learner.recipe, learner.backbone.config
-    text, hook_text = learner.text_and_hook[0][0], learner.text()[1]    # text: (N, embed), of unit length
+    text, hook_text = learner.text()                                    # text: (1, N, embed), of unit length
     if inside := [type(part).__name__ for part in learner.parts
                   if part.vision_hook(hook_text) or type(part).enclose is not Part.enclose]:
         raise UsageError(f"{saved}: {' and '.join(inside)} acts between the blocks of a tower, as no weights "
                          "can: classify with --predict, or fit with clip-lora, svl or coop")
     if os.path.lexists(target):
         raise UsageError(f"{target} is there already: name a folder that is to be made")
-    unmerged, _ = clip_min.hugging_face(learner.backbone)
-    lora = {name: tensor for name, tensor in unmerged.items() if name.endswith((".A", ".B"))}
-    merge(learner.backbone)
-    tensors, config = clip_min.hugging_face(learner.backbone)
-    prefix = "open_clip_" if "model_cfg" in config else ""
     if args.format == "peft":
-        if prefix or not lora:
-            raise UsageError(f"{saved} holds no LoRA for a model of transformers, which --format peft writes")
-        prefix, targets = "adapter_", [name.removesuffix(".A") for name in lora if name.endswith(".A")]
-        tensors = {f"base_model.model.{path}.lora_{letter}.weight": lora[f"{path}.{letter}"][0].contiguous()
-                   for path in targets for letter in "AB"}
-        config = {"peft_type": "LORA", "target_modules": targets, "r": r.rank, "use_rslora": True,
-                  "lora_alpha": r.lora_alpha, "lora_dropout": r.dropout, "inference_mode": True}
+        prefix, (tensors, config) = "adapter_", peft_adapter(learner)
+    else:
+        merge(learner.backbone)
+        tensors, config = clip_min.hugging_face(learner.backbone)
+        prefix = "open_clip_" if "model_cfg" in config else ""
     whole = round(c.image * 257 / 224) if r.augment == "none" else c.image           # as `prepare` has it
     notes = {
         f"{prefix}config": config,
@@ -1262,7 +1289,7 @@ def export(args: Namespace, learner: Learner) -> int:
     with tempfile.TemporaryDirectory(dir=target.parent) as place:
         folder = Path(place) / "whole"
         save(tensors, folder / f"{prefix}model.safetensors", {"format": "pt"})
-        save({"embeddings": text.contiguous()}, folder / "classes.safetensors", {})
+        save({"embeddings": text[0].contiguous()}, folder / "classes.safetensors", {})
         for name, content in notes.items():
             (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
         os.replace(folder, target)
@@ -1272,50 +1299,60 @@ def export(args: Namespace, learner: Learner) -> int:
 
 # ------------------------------------------------------------------------------------------------ look inside
 
+Seen = tuple[Probe, Tensor, Tensor]      # of a learner: its tokens, picture features (E, Q, embed) and texts
+
+
 @torch.no_grad()
 def look(args: Namespace, job: Job, dataset: str, shot: int) -> None:
     """Train the first tasks, four or fewer, once more; --probe and --draw show what changed inside."""
-    tasks, seeds = tasks_of(args, job.pool, shot, range(min(4, args.batch or 4, args.episodes or 4)))
+    numbers = range(min(4, args.batch or 4, args.episodes or 4))
+    tasks = [task_of(args, job.pool, shot, n) for n in numbers]
     with torch.enable_grad():
+        seeds = [(args.seed, n) for n in numbers]
         tuned = trained(job, tasks, seeds, "training once more to look inside")
     images = tuned.prepare(job.pictures(torch.stack([task.query for task in tasks])))
     images, seen = images.expand(len(tasks), -1, -1, -1, -1), []
     for learner in (Learner(job.backbone, tuned.token_ids, "zero-shot", job.recipe), tuned):
-        text, hook_text = learner.eval().text()
+        text, hook_text = learner.text()
         probe = Probe(hook_text, job.backbone.visual, job.recipe)
         seen.append((probe, learner.features(images, learner.hook(hook_text, probe)), text))
-    probes, features, texts = zip(*seen)
     if args.probe:
-        rows, whole = compare(*probes), {"cka_features": linear_cka(*features).mean().item()}
-        for row in rows:
-            for part in tuned.parts:
-                row |= part.report(row["block"])
-        for when, pictures, text in zip(("before", "after"), features, texts):
-            whole[f"modality_gap_{when}"] = modality_gap(pictures, text).mean().item()
-            shifts = [gap_shift(x, y, task.truth.to(x.device), job.recipe.scale)
-                      for x, y, task in zip(pictures, text, tasks)]
-            whole[f"gap_shift_{when}"] = sum(shifts).item() / len(tasks)
+        rows, whole = changes(tuned, tasks, *seen)
         lines = [json.dumps(row).replace("NaN", "null") + "\n" for row in [*rows, whole]]    # JSON has no NaN
         name = f"{called(dataset)}-{shot}shot-{OWN_FILE.sub('', job.method)}-{args.recipe}.probe.jsonl"
         with replacing(Path(args.out, name)) as part:
             part.write_text("".join(lines))
         print(probe_table(rows, whole, len(tasks)))
     if args.draw:
-        answers = [(x[0] @ y[0].T).argmax(-1).tolist() for x, y in zip(features, texts)]
-        draw_first(args, job, tasks[0], probes, answers)
+        draw_first(args, job, tasks[0], *seen)
 
 
-def draw_first(args: Namespace, job: Job, task: Task, probes: Sequence[Probe],
-               answers: Sequence[list[int]]) -> None:
+def changes(tuned: Learner, tasks: Sequence[Task], *seen: Seen) -> tuple[list[dict], dict]:
+    """What tuning changed: a row a block, and what is told of the features."""
+    probes, features, texts = zip(*seen)
+    rows, whole = compare(*probes), {"cka_features": linear_cka(*features).mean().item()}
+    for row in rows:
+        for part in tuned.parts:
+            row |= part.report(row["block"])
+    for when, pictures, text in zip(("before", "after"), features, texts):
+        shifts = [gap_shift(x, y, task.truth.to(x.device), tuned.recipe.scale)
+                  for x, y, task in zip(pictures, text, tasks)]
+        whole[f"modality_gap_{when}"] = modality_gap(pictures, text).mean().item()
+        whole[f"gap_shift_{when}"] = sum(shifts).item() / len(tasks)
+    return rows, whole
+
+
+def draw_first(args: Namespace, job: Job, task: Task, *seen: Seen) -> None:
     """Draw a query a class of the first task with its head and tail patches, and what it passed for."""
-    c, truth, (before, after) = job.backbone.config, task.truth.tolist(), answers
+    c, truth = job.backbone.config, task.truth.tolist()
+    before, after = ((features[0] @ text[0].T).argmax(-1).tolist() for _, features, text in seen)
     names = [job.pool.classes[label].replace("_", " ") for label in task.classes]
     order = sorted(range(len(truth)), key=lambda i: before[i] == after[i])           # changed ones first
     some = [next(i for i in order if truth[i] == label) for label in sorted({*truth})]
     said = [f"{names[truth[i]]}: zero-shot says {names[before[i]]}, tuned {names[after[i]]}" for i in some]
     block = job.recipe.alpha_block * c.vision_layers // 12 if args.draw_block is None else args.draw_block
-    masks = [probe.masks[block][some] for probe in probes]
-    with replacing(Path(args.draw)) as part:
+    masks = [probe.masks[block][some] for probe, _, _ in seen]
+    with replacing(args.draw) as part:
         draw_patches(str(part), job.pool.images[task.query[some]], masks,
                      side=c.image // c.patch, said=said, titles=["picture", "zero-shot", "tuned"])
     print(f"drew {args.draw}")
@@ -1332,14 +1369,14 @@ d     dataset     NAME ...    -  {', '.join(DATASETS)}, all (the papers' four), 
 sets), toy, or a folder of class folders
 d     shot        N ...       -  labelled pictures a class (default 1)
 dfpe  method      NAME ...    -  {', '.join(METHODS)}; FILE.py:NAME, your own; some joined with +; \
-or all: {', '.join(TABLE)} (default atha)
+or all: {', '.join(TABLE)} (default atha, with --fit clip-lora)
 df    recipe      {'|'.join(RECIPES)}|released  -  released: the trainer that the method came \
 with (default paper; with --split clip-lora-fsl)
 d     split       -           -  all classes at once and the whole test split, by seeds, not episodes
 d     episodes    N           -  default 800 at 1 shot, 400 otherwise, 100 on toy, 3 with --split
 d     way         N           5  classes an episode (default 5)
 d     query       N          15  query pictures a class (default 15)
-df    seed        INT         1  draws the tasks and all chance in them (default 1)
+df    seed        NUMBER       1  draws the tasks and all chance in them (default 1)
 d     data        DIR         datasets  where the datasets are (default datasets)
 dfpe  weights     PLACE       -  a file or folder of weights, or hf-hub:org/name (default ViT-B/16, \
 downloaded once; toy has its own)
@@ -1353,11 +1390,11 @@ df    compile     -           -  torch.compile the vision tower's blocks
 d     probe       -           -  after a run, a table of what changed inside, by block
 dp    draw        FILE.png    -  after a run, a picture of head and tail patches; with --predict, a sheet of \
 pictures, wrong ones first
-d     draw_block  INT         -  the block to draw (default where ATHA pulls first)
+d     draw_block  NUMBER       -  the block to draw (default where ATHA pulls first)
 f     fit         FOLDER      -  fine-tune once on a folder of class folders
 f     save        FILE        -  where --fit keeps what it learned
-f     holdout     INT         0  pictures a class that --fit is tested on, not fitted to
-f     folds       INT         0  before --fit, cross-validate: what to expect of it
+f     holdout     NUMBER       0  pictures a class that --fit is tested on, not fitted to
+f     folds       NUMBER       0  before --fit, cross-validate: what to expect of it
 f     names       FILE.json   -  folder name -> phrase for the prompt
 p     predict     FILE ...    -  a saved file, then pictures or folders to classify
 p     json        -           -  --predict prints JSON lines
@@ -1368,19 +1405,28 @@ hugging-face)
 """
 
 
-def positive(text: str) -> int:
-    if not 1 <= int(text) < 2 ** 31:
-        raise argparse.ArgumentTypeError("must be at least 1" if int(text) < 1 else "must be below 2^31")
-    return int(text)
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:                       # one line, not the usage of fifty flags too
+        raise UsageError(message.removeprefix("argument "))
+
+
+def counting(least: int) -> Callable:
+    """The type of a flag whose value is a whole number, `least` or more."""
+    def number(text):
+        if not least <= int(text) < 2 ** 31:
+            raise argparse.ArgumentTypeError(f"must be from {least} to 2^31 - 1")
+        return int(text)
+    return number
 
 
 def nonempty(text: str) -> str:
+    """The type of a flag whose value is a name."""
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} names nothing")
     return text
 
 
-VALUES = {"N": positive, "INT": int, "X": float, "TEXT": str}             # of flags; all others are names
+VALUES = {"N": counting(1), "NUMBER": counting(0), "INT": int, "X": float, "TEXT": str}    # others are names
 
 
 def add_flag(group, name: str, value: str, default: str, text: str) -> None:
@@ -1396,7 +1442,7 @@ def add_flag(group, name: str, value: str, default: str, text: str) -> None:
     group.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **how)
 
 
-def add_fields(parser: argparse.ArgumentParser, recipe: Recipe) -> None:
+def add_fields(parser: Parser, recipe: Recipe) -> None:
     """A flag for every field of a recipe, grouped as the parts are."""
     groups, values = {}, {bool: "-", int: "INT", float: "X", str: "TEXT", tuple: "INT ..."}
     for f in fields(recipe):
@@ -1419,54 +1465,43 @@ USAGE = """train.py --dataset NAME [--shot N] [--method NAME] [options]
        train.py --predict FILE PICTURE_OR_FOLDER ..."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:                       # one line, not the usage of fifty flags too
-        raise UsageError(message.removeprefix("argument "))
+def parser_for(use: str, method: Sequence[str] = ()) -> Parser:
+    """Of the flags that a use of the program reads, or of all; method: whose fields are flags as well."""
+    parser = Parser(prog="train.py", usage=USAGE, description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for initials, *flag in (re.split("  +", line, maxsplit=4) for line in FLAGS.strip().splitlines()):
+        parser.set_defaults(**{flag[0]: None})
+        if use[:1] in initials:
+            add_flag(parser, *flag)
+    if use[:1] in "df":
+        own = [own_part(name) for name in "+".join(method).split("+") if ":" in name]
+        with data.refusing(f"--method {' '.join(method)}: its fields cannot be flags", Exception):
+            add_fields(parser, extended(Recipe(), own))
+    return parser
 
 
 def parse(argv: list[str]) -> Namespace:
     """The command line, with what follows from it filled in. Raises UsageError for what cannot be meant."""
-    parser = Parser(prog="train.py", usage=USAGE, description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    own = parser.add_argument_group("your own pictures")
-    flags = [re.split("  +", line, maxsplit=4) for line in FLAGS.strip().splitlines()]
-    for initials, *flag in flags:
-        add_flag(parser if "d" in initials else own, *flag)
-    if not argv:
-        parser.exit(0, __doc__)
-    asked = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].method or ()
-    theirs = [own_part(name) for name in "+".join(asked).split("+") if ":" in name]
-    try:
-        add_fields(parser, extended(Recipe(), theirs))           # a method of the user's own may bring fields
-    except (TypeError, ValueError, LookupError, AttributeError, argparse.ArgumentError) as e:
-        raise UsageError(f"--method {' '.join(asked)}: its fields cannot be flags: {e}") from e
-    args = parser.parse_args(argv)
-    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-    uses = [use for use in USES if use in given]
-    if len(uses) != 1:
-        raise UsageError(f"give one of --{', --'.join(USES)}")
-    readers = {name: initials for initials, name, *_ in flags}
-    for name in given:
-        users = [other for other in USES if other[0] in readers.get(name, "df")]         # a recipe's: df
-        if uses[0] not in users:
-            raise UsageError(f"--{name.replace('_', '-')} goes with --{' or --'.join(users)}")
-    if "draw_block" in given and not args.draw:
-        raise UsageError("--draw-block goes with --draw")
-    fill_in(args)
-    check(args)
-    return args
-
-
-def fill_in(args: Namespace) -> None:
-    """What follows from the rest."""
-    sets = {"all": data.PAPERS, "all-fsl": data.FSL}
-    args.dataset = [*dict.fromkeys(name for given in args.dataset or () for name in sets.get(given, [given]))]
-    default = ["zero-shot", "atha"] if args.dataset == ["toy"] else ["atha"]
-    args.method = [name for given in args.method or default
+    words = [word.partition("=")[0] for word in argv]
+    use = next((use for use in USES if f"--{use}" in words), "")         # none: all flags, for their help
+    asked = [word for word in argv if word not in ("-h", "--help")]
+    method = parser_for(use).parse_known_args(asked)[0].method or ()
+    args, others = parser_for(use, method).parse_known_args(argv)
+    if not use:
+        raise UsageError(f"give one of --{', --'.join(USES)}; --help tells more")
+    if others:
+        raise UsageError(f"--{use} does not take {others[0]}")
+    sets, usual = {"all": data.PAPERS, "all-fsl": data.FSL}, {"dataset": ["atha"], "fit": ["clip-lora"]}
+    args.dataset = [name for given in args.dataset or () for name in sets.get(given, [given])]
+    if {*args.dataset} == {"toy"}:
+        usual["dataset"] = ["zero-shot", "atha"]
+    args.method = [name for given in args.method or usual.get(use, [])
                    for name in (TABLE if given == "all" else [given])]
     args.shot = args.shot or [1]
     args.recipe = args.recipe or ("clip-lora-fsl" if args.split else "paper")
     args.task = "seed" if args.split else "episode"
+    check(args)
+    return args
 
 
 def check(args: Namespace) -> None:
@@ -1475,15 +1510,15 @@ def check(args: Namespace) -> None:
     target = Path(os.path.realpath(args.save or args.draw or ""))
     read = filter(None, [args.weights, args.names, *filter(os.path.isfile, args.predict or ())])
     wrong = {
-        "--seed and --holdout are numbers from 0 up": not 0 <= args.seed < 2 ** 63 or args.holdout < 0,
         "--folds is a number from 2 up, and takes the place of --holdout":
-            args.folds < 0 or args.folds == 1 or args.folds and args.holdout,
+            args.folds == 1 or args.folds and args.holdout,
         "--split takes all classes and the whole test split, so neither --way nor --query":
             args.split and (args.way, args.query) != (5, 15),
         "--fit needs --save FILE": args.fit and not args.save,
         "--fit takes one method": args.fit and len(args.method) > 1,
         "--draw makes one picture: give one dataset, one shot and one method":
             args.draw and args.dataset and pictures != 1,
+        "--draw-block goes with --draw": args.draw_block is not None and not args.draw,
         "--draw takes a name such as look.png":
             args.draw and Path(args.draw).suffix.lower() not in IMG_EXTENSIONS,
         "--save takes a name such as leaf.safetensors":
@@ -1496,18 +1531,10 @@ def check(args: Namespace) -> None:
         raise UsageError(message)
     for method in args.method:
         parts_of(method)
-    files = {}
-    for dataset, method in product(args.dataset, args.method):
-        known = dataset in (*DATASETS, "toy")
-        what = dataset if known else os.path.realpath(dataset), method
-        if files.setdefault((called(dataset), OWN_FILE.sub('', method)), what) != what:
-            raise UsageError(f"{dataset} with {method}: results of another would be in a file of the same "
-                             "name: run them one by one, each with an --out")
 
 
-def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
-    """The weights on their device; what can be refused before the work is refused here. Raises UsageError."""
-    name = args.device
+def device_of(name: str) -> torch.device:
+    """The device of this name, if it works. Raises UsageError."""
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -1516,7 +1543,24 @@ def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         first = re.split(r"\. |\n", str(e))[0]                   # torch goes on with all that it can do
         raise UsageError(f"--device {name} cannot be used: {first}") from e
-    device = number.device
+    return number.device
+
+
+def weights_of(args: Namespace) -> str | Path | None:
+    """Where the weights are: as asked, or where the saved file remembers them; None for ViT-B/16."""
+    saved = args.predict or args.export
+    if args.weights or not saved:
+        return args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
+    weights = read_saved(saved[0])[1]["place"]
+    if weights and not os.path.exists(weights):                  # nothing is fetched because a file says so
+        raise UsageError(f"{saved[0]} was fitted on the weights {weights}, which are not there: "
+                         "give --weights")
+    return weights
+
+
+def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
+    """The weights on their device; what can be refused before the work is refused here. Raises UsageError."""
+    device = device_of(args.device)
     if args.fit and not Path(args.fit).is_dir():                 # a slip should not cost a download
         raise UsageError(f"--fit {args.fit}: it takes a folder of class folders")
     for dataset in args.dataset:
@@ -1525,13 +1569,7 @@ def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
     args.compile = bool(args.compile and compile_works(device))
     torch.backends.cudnn.allow_tf32 = False                      # float32 means float32
     torch.set_flush_denormal(True)         # gradients below 1e-38 are 0: CPUs compute with them far slower
-    weights = args.weights or (TOY_CLIP if args.dataset == ["toy"] else None)
-    if (saved := args.predict or args.export) and not weights:
-        weights = read_saved(saved[0])[1]["place"]
-        if weights and not os.path.exists(weights):              # nothing is fetched because a file says so
-            raise UsageError(f"{saved[0]} was fitted on the weights {weights}, which are not there: "
-                             "give --weights")
-    backbone, tokenizer = clip_min.load(weights, device)
+    backbone, tokenizer = clip_min.load(weights_of(args), device)
     width, usual = backbone.config.vision_width, "float32"
     if device.type == "cuda" and not args.export:
         usual = "bfloat16"
@@ -1540,21 +1578,20 @@ def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
         usual = usual if args.precision or args.export else faster_precision(width)
     args.precision = gathered(args.precision or usual)[0]        # results are of one: the first process's
     backbone.to(getattr(torch, args.precision))
-    if args.save:
-        check_writable(Path(args.save))
-    if args.draw:
-        args.draw = str(check_writable(Path(args.draw)))
-    if not 0 <= (args.draw_block or 0) < backbone.config.vision_layers:
+    for target in filter(None, (args.save, args.draw)):
+        check_writable(target)
+    if (args.draw_block or 0) >= backbone.config.vision_layers:
         raise UsageError(f"--draw-block takes 0 to {backbone.config.vision_layers - 1}")
     return backbone, tokenizer
 
 
 def run(args: Namespace) -> int:
+    """What was asked for; returns the exit code."""
     backbone, tokenizer = begin(args)
     if args.fit:
         return fit(args, backbone, tokenizer)
     if saved := args.predict or args.export:
-        learner = load_tuned(saved[0], backbone, tokenizer, own="+".join(args.method).split("+"))
+        learner = load_tuned(saved[0], backbone, tokenizer, own=args.method)
         return (predict if args.predict else export)(args, learner)
     cells, first = {}, rank_and_size()[0] == 0
     family = "" if args.split or args.way != 5 else backbone.config.family           # whose figures compare
@@ -1568,14 +1605,14 @@ def run(args: Namespace) -> int:
             found = cells[method, shot, dataset] = run_job(args, job, dataset, shot)
             if first:
                 kind = "all classes" if args.split else f"{args.way}-way"
-                paper = paper_figure(method, shot, dataset, family).replace("(", "(paper: ")
                 line = f"{dataset} {kind} {shot}-shot {method} ({args.recipe}): {in_short(found.values())} % "
+                paper = paper_figure(method, shot, dataset, family).replace("(", "(paper: ")
                 took = time.monotonic() - begun
                 print(printable(f"{line}over {len(found)} {args.task}s, {took:.0f} s{paper}"), flush=True)
             if first and (args.probe or args.draw) and method != "zero-shot":
                 look(args, job, dataset, shot)
     if first and len(cells) > 1:
-        print(markdown(cells, family))
+        print(markdown(cells, family, args.recipe))
     return 0
 
 
@@ -1615,6 +1652,7 @@ def faster_precision(width: int) -> str:
 
 
 def compile_works(device: torch.device) -> bool:
+    """Whether torch.compile has all that it needs here; says so if not."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         return True
@@ -1625,18 +1663,17 @@ def compile_works(device: torch.device) -> bool:
 
 def in_one_line(error: Exception, methods: Sequence[str]) -> str | None:
     """What went wrong, for the user; None where that is a fault of ours. methods: whose code may have run."""
-    if isinstance(error, (UsageError, clip_min.WeightsError, DataError)):
+    if isinstance(error, (UsageError, clip_min.WeightsError, DataError, OSError)):
         return str(error)
-    if isinstance(error, OSError):
-        return f"cannot use {error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, (RuntimeError, MemoryError)) and MEMORY.search(repr(error)):
         return "out of memory"
-    own = [name.rpartition(":")[0] for name in methods if ":" in name]
+    own = [name.rpartition(":")[0] for name in "+".join(methods).split("+") if ":" in name]
+    if not own:
+        return None
     frames = traceback.extract_tb(error.__traceback__)
     at = next((frame for frame in reversed(frames) if frame.filename in own), frames[-1])
     where = f"{os.path.basename(at.filename)}, line {at.lineno}, in {at.name}"
-    why = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"--method {' '.join(methods)}: {where}: {why}" if own else None
+    return f"--method {' '.join(methods)}: {where}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1650,7 +1687,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                                      # ... | head
         return 1
     except Exception as e:
-        said = in_one_line(e, "+".join(args.method).split("+"))
+        said = in_one_line(e, args.method)
         if not said:
             raise
         progress(f"train.py: error: {said}")
@@ -1660,7 +1697,7 @@ def main(argv: list[str] | None = None) -> int:
         progress(f"stopped; {kept if '--dataset' in ' '.join(argv) else 'nothing was saved'}")
         return 130
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if rank_and_size()[1] > 1:
             torch.distributed.destroy_process_group()                # a process that ends last would abort
 
 

@@ -252,8 +252,8 @@ BAD = {    # arguments, words that must be in the one line
     "context over names": ([*FEW, "--recipe", "released", "--prompt", "{}"], ["4 learned vectors", "--prompt"]),
     "context over parts": ([*FEW, "--method", "coop", "--context", 9, "--prompt", "a photo {}"], ["9 learned vectors"]),
     "a loss without effect": ([*FEW, "--method", "coop+svl"], ["coop+svl", "nothing that shapes them"]),
-    "two jobs": (["--dataset", "toy", "--fit", "x", "--save", "y"], ["one of"]),
-    "all dropped": ([*FEW, "--dropout", 1], ["not a number", "all input is dropped"]), "long name": ([*FEW, "--out", "n" * 300], ["too long"]),
+    "two jobs": (["--dataset", "toy", "--fit", "x", "--save", "y"], ["--dataset does not take --fit"]),
+    "all dropped": ([*FEW, "--dropout", 1], ["not a number", "--dropout"]), "long name": ([*FEW, "--out", "n" * 300], ["too long"]),
     "seed": ([*FEW, "--seed", 2 ** 70], ["--seed"]), "rank": ([*FEW, "--rank", 10 ** 30], ["--rank", "4096"]), "meta": ([*FEW, "--device", "meta"], ["--device meta"]),
     "a prompt that cuts the names off": ([*FEW, "--prompt", "long " * 99 + "{}"], ["'circle' and 'square' have the same text", "long long"]),
     "draw what": ([*FEW, "--draw", "look"], ["look.png"]), "draw where": ([*FEW, "--draw", "{tmp}/file/look.png"], ["cannot write {tmp}/file"]),
@@ -263,7 +263,7 @@ BAD = {    # arguments, words that must be in the one line
     **{f"{name} {value}": (["--dataset", "toy", name, value], [name, "number"]) for name, value in
        [("--lr", -1), ("--lr", "nan"), ("--weight-decay", -1), ("--scale", "inf"), ("--context", -3)]},
     **{f"split of {name}": (["--dataset", "dtd", "--split", name, 3], ["--split", "neither --way nor --query"]) for name in ("--way", "--query")},
-    "names alone": (["--dataset", "toy", "--names", "x.json"], ["--names goes with --fit"]),
+    "names alone": (["--dataset", "toy", "--names", "x.json"], ["--dataset does not take --names"]),
     "fit a file": (["--fit", "{tmp}/file", "--save", "y"], ["{tmp}/file", "folder"]),
     **{f"{name} {value}": (["--dataset", "toy", name, value], [name, str(value), "to 11"]) for name, value in
        [("--alpha-block", 12), ("--tir-blocks", 15), ("--text-block", 12)]},
@@ -272,16 +272,15 @@ BAD = {    # arguments, words that must be in the one line
     "device": (["--dataset", "toy", "--device", "nonsense"], ["nonsense"]),
     "crops of no area": ([*FEW, "--augment", "crop", "--crop-area", 0], ["--crop-area", "0.0001"]),
     **{f"{name} without a name": ([*FEW, name, ""], [name, "names nothing"]) for name in ("--weights", "--draw", "--method")},
-    "episodes without end": ([*FEW, "--episodes", 10 ** 30], ["--episodes", "below 2^31"]),
+    "episodes without end": ([*FEW, "--episodes", 10 ** 30], ["--episodes", "2^31"]),
     "a block without a picture": ([*FEW, "--draw-block", 1], ["--draw-block goes with --draw"]),
-    "results of what is saved": (["--fit", "{tmp}/half", "--save", "x", "--out", "y"], ["--out goes with --dataset"]),
+    "results of what is saved": (["--fit", "{tmp}/half", "--save", "x", "--out", "y"], ["--fit does not take --out"]),
     "save as a picture": (["--fit", "{tmp}/half", "--save", "{tmp}/leaf.jpg"], ["leaf.safetensors"]),
     "save over weights": (["--fit", "{tmp}/half", "--weights", "{tmp}/file", "--save", "{tmp}/file"], ["read here"]),
     "save over names": (["--fit", "{tmp}/half", "--names", "{tmp}/file", "--save", "{tmp}/half/../file"], ["read here"]),
     "save to a folder": (["--fit", "{tmp}/half", *TOYS, "--save", "."], ["cannot write .", "not an ordinary file"]),
-    "two folders of one name": (["--dataset", "{tmp}/a/leaves", "{tmp}/b/leaves"], ["{tmp}/b/leaves", "same name", "--out"]),
-    "a folder named toy": ([*FEW, "--dataset", "toy", "./toy"], ["./toy", "same name"]),
-    "two methods of one name": (["--dataset", "toy", "--method", "atha", "x/a.py:atha"], ["x/a.py"]),
+    "nothing to do": (["--seed", 3], ["give one of --dataset, --fit"]),
+    "a split that is not there": (["--dataset", "{tmp}/own", *TOYS, "--split"], ["split"]),
     **{f"{name} {value}": ([*FEW, name, value], [name]) for name, value in
        [("--episodes", -1), ("--batch", -1), *((name, 0) for name in ("--episodes", "--way", "--shot", "--query", "--steps", "--rank"))]},
 }
@@ -297,6 +296,8 @@ def test_bad_input(case, tmp_path, monkeypatch, capsys):
     for folder in ("CropDiseases", "eurosat"):
         (tmp_path / "half" / folder).mkdir(parents=True)
     (tmp_path / "file").write_text("a file")
+    if "{tmp}/own" in BAD[case][0]:
+        draw_pictures(tmp_path / "own", 2, 2)
     argv, words = ([str(a).replace("{tmp}", str(tmp_path)) for a in part] for part in BAD[case])
     refused(capsys, [*argv, *(["--out", tmp_path / "out"] if "--out" not in argv and "--dataset" in argv else [])], *words)
 

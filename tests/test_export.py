@@ -138,7 +138,7 @@ def test_what_acts_between_the_blocks_is_refused_with_what_to_use_instead(tmp_pa
 
 @pytest.mark.parametrize("method, options, words", [
     ("coop", "--format peft", ["no LoRA"]), ("clip-lora", "--weights {tmp}/nowhere", ["{tmp}/nowhere"]),
-    ("clip-lora", "--json", ["--json goes with --predict"]), ("clip-lora", "--rank 3", ["--rank goes with"])])
+    ("clip-lora", "--json", ["--export does not take --json"]), ("clip-lora", "--rank 3", ["--export does not take --rank"])])
 def test_exports_that_cannot_be_are_said_in_one_line_and_leave_nothing(tmp_path, toys, capsys, method, options, words):
     saved(tmp_path, train.TOY_CLIP, toys, method)
     before = sorted(tmp_path.iterdir())

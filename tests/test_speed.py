@@ -90,6 +90,6 @@ def test_the_precision_of_a_cpu(toy, monkeypatch, capsys):
     assert train.main(argv) == 0 and wide.logit_scale.dtype == torch.bfloat16
     part, = Path("results").iterdir()
     assert json.loads(part.read_text().splitlines()[0])["precision"] == "bfloat16"
-    refused(capsys, [*argv, "--precision", "float32"], part, "give --precision bfloat16, another --out")
+    refused(capsys, [*argv, "--precision", "float32"], part, "precision 'bfloat16', this run has 'float32'; give that, or another --out")
     monkeypatch.setattr(clip_min, "load", lambda path, device: (small, tokenizer))
     assert train.main([*argv, "--out", "small"]) == 0 and small.logit_scale.dtype == torch.float32
