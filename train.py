@@ -32,6 +32,7 @@ if __name__ == "__main__":                       # Ctrl-C while torch is being i
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -49,7 +50,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.transforms.functional import to_pil_image
 
 import atha
@@ -552,8 +553,8 @@ def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], context:
 def check_numbers(what: str, seeds: Sequence[tuple], found: Iterable[Tensor]) -> None:
     """Raises UsageError, with the episodes' numbers, where what was found is not finite."""
     if broken := [str(number) for (*_, number), x in zip(seeds, found) if not x.isfinite().all()]:
-        raise UsageError(f"{what} not a number in {', '.join(broken)}: lower --lr or --dropout, or use "
-                         "--precision float32")
+        raise UsageError(f"{what} not a number in episode or fold {', '.join(broken)}: lower --lr or "
+                         "--dropout, or use --precision float32")
 
 
 @dataclass
@@ -627,7 +628,8 @@ def trained(job: Job, tasks: Sequence[Task], seeds: Sequence[tuple], what: str,
         return job.learn(tasks, seeds, chunk=chunk, told=lambda step: clock.tell(
             step, f"step {step}/{steps} of {shown} pictures"))
     learner, _ = halving(work, at_once or min(max(1, fits), shown), "picture")
-    clock.tell(steps, f"{steps} steps", last=True)
+    if learner.parts:                                            # zero-shot learns nothing
+        clock.tell(steps, f"{steps} steps", last=True)
     return learner
 
 
@@ -977,7 +979,8 @@ def fit(args: Namespace, backbone: CLIP, tokenizer: Tokenizer) -> int:
 
     def fitted(tasks):
         seeds = [("fit", args.seed, k) for k in range(len(tasks))]
-        return trained(job, tasks, seeds, f"fitting {method}", args.batch)
+        what = f"fitting {method}" + f" on {len(tasks)} folds, one fit more follows" * (len(tasks) > 1)
+        return trained(job, tasks, seeds, what, args.batch)
     learner = fitted(trials)
     temperature = trust(job, learner, trials) if len(trials[0].query) else None
     learner = fitted([whole]) if folds else learner
@@ -1124,8 +1127,11 @@ def load_tuned(path: str | Path, backbone: CLIP, tokenizer: Tokenizer, own: Sequ
 
 # ---------------------------------------------------------------------------------------------- new pictures
 
-def pictures_in(folder: Path, skip: Callable, seen: set[Path]) -> Iterator[Path]:
-    """Pictures in a folder and all below, links too, each folder once; skip hears of what cannot be read."""
+def pictures_in(folder: Path, skip: Callable, seen: set[Path], endings: Counter) -> Iterator[Path]:
+    """Pictures in a folder and all below, links too, each folder once; skip hears of what cannot be read.
+
+    endings counts those of files that are not taken for pictures.
+    """
     real = folder.resolve()
     if real not in seen:
         seen.add(real)
@@ -1134,9 +1140,10 @@ def pictures_in(folder: Path, skip: Callable, seen: set[Path]) -> Iterator[Path]
         except DataError as e:
             folders, files = [], []
             skip(e)
-        yield from (folder / name for name in files if name.lower().endswith(IMG_EXTENSIONS))
+        endings.update(os.path.splitext(name)[1] or name for name in files if not is_image_file(name))
+        yield from (folder / name for name in files if is_image_file(name))
         for name in folders:
-            yield from pictures_in(folder / name, skip, seen)
+            yield from pictures_in(folder / name, skip, seen, endings)
 
 
 def classified(learner: Learner, paths: Sequence[Path], skip: Callable) -> Iterator[tuple[Path, Tensor]]:
@@ -1190,9 +1197,11 @@ def predict(args: Namespace, learner: Learner) -> int:
     def skip(reason):
         skipped.append(reason)
         progress(f"skipped: {reason}")
-    seen = set()
+    seen, endings = set(), Counter()
     for path in map(Path, args.predict[1:]):
-        paths += pictures_in(path, skip, seen) if path.is_dir() else [path]
+        paths += pictures_in(path, skip, seen, endings) if path.is_dir() else [path]
+    if endings:
+        data.say_no_pictures(endings)
     if not paths:
         raise UsageError("no pictures to classify: name pictures or folders after the saved file")
     if not learner.temperature:
@@ -1260,7 +1269,7 @@ def peft_adapter(learner: Learner) -> tuple[dict[str, Tensor], dict]:
                      "lora_alpha": r.lora_alpha, "lora_dropout": r.dropout, "inference_mode": True}
 
 
-def export(args: Namespace, learner: Learner) -> int:
+def export(args: Namespace, learner: Learner, tokenizer: Tokenizer) -> int:
     """Write a folder for others' libraries: the model with LoRA merged, or LoRA alone; and class texts."""
     (saved, target), r, c = map(Path, args.export), learner.recipe, learner.backbone.config
     text, hook_text = learner.text()                                    # text: (1, N, embed), of unit length
@@ -1292,6 +1301,9 @@ def export(args: Namespace, learner: Learner) -> int:
         save({"embeddings": text[0].contiguous()}, folder / "classes.safetensors", {})
         for name, content in notes.items():
             (folder / f"{name}.json").write_text(json.dumps(content, indent=1))
+        if not prefix and c.family == "clip":                    # the others' libraries bring theirs
+            (folder / "vocab.json").write_text(json.dumps(tokenizer.id))
+            (folder / "merges.txt").write_text(f"#version: 0.2\n{tokenizer.metadata['merges']}\n")
         os.replace(folder, target)
     print(printable(f"wrote {target}"))
     return 0
@@ -1562,7 +1574,7 @@ def begin(args: Namespace) -> tuple[CLIP, Tokenizer]:
     """The weights on their device; what can be refused before the work is refused here. Raises UsageError."""
     device = device_of(args.device)
     if args.fit and not Path(args.fit).is_dir():                 # a slip should not cost a download
-        raise UsageError(f"--fit {args.fit}: it takes a folder of class folders")
+        raise UsageError(f"--fit {args.fit}: there is no such folder")
     for dataset in args.dataset:
         data.check(dataset, args.data, split=args.split)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(data.CACHE / "compiled"))       # not /tmp
@@ -1592,7 +1604,7 @@ def run(args: Namespace) -> int:
         return fit(args, backbone, tokenizer)
     if saved := args.predict or args.export:
         learner = load_tuned(saved[0], backbone, tokenizer, own=args.method)
-        return (predict if args.predict else export)(args, learner)
+        return predict(args, learner) if args.predict else export(args, learner, tokenizer)
     cells, first = {}, rank_and_size()[0] == 0
     family = "" if args.split or args.way != 5 else backbone.config.family           # whose figures compare
     for dataset in args.dataset:

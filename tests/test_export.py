@@ -73,6 +73,18 @@ def test_transformers_answers_as_we_do_on_real_leaves(tmp_path, leaves, method, 
     assert pixels.shape == images[0].shape and (pixels - images[0]).abs().mean() < 0.02
 
 
+def test_the_exported_tokenizer_is_ours(tmp_path, toys):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    weights = from_environment("ATHA_WEIGHTS", "a CLIP with OpenAI's vocabulary")
+    saved(tmp_path, weights, toys)
+    folder, _, _ = exported(tmp_path)
+    theirs, (_, ours) = transformers.AutoTokenizer.from_pretrained(folder), clip_min.load(weights)
+    texts = ["a photo of a leaf.", "Don't panic: 42 naive cafes!"]
+    for text, ids in zip(texts, ours(texts).tolist()):
+        assert theirs(text)["input_ids"] == ids[: ids.index(ours.end) + 1]
+
+
+
 @pytest.mark.parametrize("name", ["hf-clip-gelu", "hf-siglip2"])
 def test_transformers_opens_the_other_backbones(tmp_path, toys, name):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
