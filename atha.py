@@ -257,8 +257,8 @@ class Part(nn.Module):
 
     Called in this order: __init__ and draw once a batch of episodes; in every step text_hook (before each
     text block), vision_hook (for a hook that is called before each vision block), loss.
-    names: {name for --method: the sides, or halves, of the method that it switches on: self.sides}; a class
-    without names is called by FILE.py:NAME, and acts after those that have some.
+    names: {name for --method: the halves of the method that it switches on, where it has any: self.halves}; a
+    class without names is called by FILE.py:NAME, and acts after those that have some.
     fields: hyper-parameters that Recipe lacks, {name: (default, help)}: self.recipe.name, and a flag.
     """
     names: dict[str, set[str]] = {}
@@ -268,10 +268,10 @@ class Part(nn.Module):
     learns_vision = False    # what it learns shapes the features of pictures
     needs_vision = False     # its loss acts on these, so some part must learn there
 
-    def __init__(self, backbone: nn.Module, token_ids: Tensor, recipe, sides: set[str]):
+    def __init__(self, backbone: nn.Module, token_ids: Tensor, recipe, halves: set[str]):
         """token_ids (E, N, T). Raises ValueError where this backbone or these prompts do not allow it."""
         super().__init__()
-        self.recipe, self.sides, self.token_ids = recipe, sides, token_ids
+        self.recipe, self.halves, self.token_ids = recipe, halves, token_ids
         self._backbone = [backbone]                               # in a list nn.Module finds nothing to save
 
     @property
@@ -317,8 +317,8 @@ class CLIPLoRA(Part):
     """LoRA on q, k and v of all blocks of the vision tower, and of the text tower if the recipe says so."""
     names, tunes, learns_vision = {"clip-lora": set()}, True, True
 
-    def __init__(self, backbone, token_ids, recipe, sides):
-        super().__init__(backbone, token_ids, recipe, sides)
+    def __init__(self, backbone, token_ids, recipe, halves):
+        super().__init__(backbone, token_ids, recipe, halves)
         self.learns_text, self.adapters = recipe.text_lora, {}
         for tower in ("visual.transformer", "transformer")[: 1 + recipe.text_lora]:
             added = add_lora(backbone.get_submodule(tower), rank=recipe.rank, alpha=recipe.lora_alpha,
@@ -365,8 +365,8 @@ class CoOp(PromptPart):
     """Context vectors shared by the classes, which start as the prompt's own words (Zhou et al. 2022)."""
     names = {"coop": set()}
 
-    def __init__(self, backbone, token_ids, recipe, sides):
-        super().__init__(backbone, token_ids, recipe, sides)
+    def __init__(self, backbone, token_ids, recipe, halves):
+        super().__init__(backbone, token_ids, recipe, halves)
         self.context = nn.Parameter(self.first_words(recipe.context))     # (E, context, D)
 
     def groups(self):
@@ -380,8 +380,8 @@ class MaPLe(PromptPart):
     """Prompt vectors in the first blocks of both towers, vision's made from text's (Khattak et al. 2023)."""
     names, learns_vision = {"maple": set()}, True
 
-    def __init__(self, backbone, token_ids, recipe, sides):
-        super().__init__(backbone, token_ids, recipe, sides)
+    def __init__(self, backbone, token_ids, recipe, halves):
+        super().__init__(backbone, token_ids, recipe, halves)
         visual = backbone.visual
         if visual.pool is not None:
             raise ValueError("maple is defined on CLIP's own towers alone, which pool by [CLS]")
@@ -424,11 +424,12 @@ class ATHA(Part):
     """Pull head tokens to class texts, push tail tokens off them, by learned strengths, one each a block."""
     names, learns_vision = {"atha": {"pull", "push"}, "atha-pull": {"pull"}, "atha-push": {"push"}}, True
 
-    def __init__(self, backbone, token_ids, recipe, sides):
-        super().__init__(backbone, token_ids, recipe, sides)
+    def __init__(self, backbone, token_ids, recipe, halves):
+        super().__init__(backbone, token_ids, recipe, halves)
         if recipe.copy_cls and backbone.visual.pool is not None:
             raise ValueError("copies of [CLS] are defined on CLIP's own towers alone: give --no-copy-cls")
-        pull, push, shape = "pull" in sides, "push" in sides, (len(token_ids), backbone.config.vision_layers)
+        pull, push = "pull" in halves, "push" in halves
+        shape = len(token_ids), backbone.config.vision_layers
         first = torch.zeros(shape, device=token_ids.device)
         self.alpha = nn.Parameter(first.clone(), requires_grad=pull)
         self.beta = nn.Parameter(first + recipe.beta * push, requires_grad=push)
@@ -470,7 +471,7 @@ class TIR(Part):
                 return tokens
             return tir_step(tokens, text, visual.ln_post, visual.proj, top=r.tir_top, rule=rule,
                             first_patch=visual.first_patch,
-                            inhibit="inhibit" in self.sides, enhance="enhance" in self.sides)
+                            inhibit="inhibit" in self.halves, enhance="enhance" in self.halves)
         return hook
 
 

@@ -166,7 +166,7 @@ def own_part(place: str) -> type[Part]:
 
 
 def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]:
-    """What a method, or several joined with +, switches on, with the sides of each, in the order of acting.
+    """What a method, or several joined with +, switches on, with the halves of each, in the order of acting.
 
     tune: the ways to tune where the method names none, or clip-lora alone. Raises UsageError.
     """
@@ -276,8 +276,8 @@ class Learner(nn.Module):
         self.methods = "+".join(part.__name__ for part in on)
         self.token_ids = backbone.trim(token_ids)
         try:
-            self.parts = nn.ModuleList(part(self.backbone, self.token_ids, self.recipe, sides)
-                                       for part, sides in on.items())
+            self.parts = nn.ModuleList(part(self.backbone, self.token_ids, self.recipe, halves)
+                                       for part, halves in on.items())
         except ValueError as e:
             raise UsageError(str(e)) from e
         if any(p.needs_vision for p in self.parts) and not any(p.learns_vision for p in self.parts):
@@ -1236,8 +1236,8 @@ def draw_sheet(target: str, answers: Answers, size: int) -> None:
     for i, (path, true, said, sure) in enumerate(shown):
         x, y = i % across * side, i // across * high
         sheet.paste(to_pil_image(decode(path, size)).resize((side - 4, side - 4)), (x, y))
-        lines = f"{said} {100 * sure:.0f} %", f"is {true}" * bool(true), path.name
-        lines = "\n".join(printable(line)[-30:] for line in lines)
+        lines = f"{said} {100 * sure:.0f} %", f"truth: {true}" * bool(true), path.name
+        lines = "\n".join(clipped(line, 30) for line in lines)
         lines = lines.encode("latin-1", "replace").decode("latin-1")     # Pillow's own font has these
         ImageDraw.Draw(sheet).text((x, y + side - 2), lines, "black")
     with replacing(target) as part:

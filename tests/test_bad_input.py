@@ -82,7 +82,9 @@ def test_what_is_no_picture_is_left_out(tmp_path, capsys):
         (folder / name).write_text("no picture")
     pool = data.load(str(folder))
     assert pool.classes == ["circle", "square"] and pool.labels.tolist() == [0, 0, 1, 1]
-    said(re.sub(r"decoding.*", "", capsys.readouterr().err), "empty, words")
+    folders, endings = re.sub(r"decoding.*\n", "", capsys.readouterr().err).splitlines()
+    said(folders, "empty, words")
+    said(endings, "1 .db", "1 .txt", "1 .md")
 
 
 def test_postscript_is_not_handed_to_another_program(tmp_path, monkeypatch):

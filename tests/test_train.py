@@ -22,8 +22,8 @@ QUIET = {"steps": 2, "dropout": 0.0}
 EVERY = [*METHODS, "atha+tir", "tir+svl", "clip-lora+coop", "maple+svl", "coop+atha", "maple+atha+tir"]
 
 
-def sides(method):
-    """The names of the parts that a method switches on, and their sides."""
+def halves(method):
+    """The names of the parts that a method switches on, and their halves."""
     return {part.__name__ for part in parts_of(method)}.union(*parts_of(method).values())
 
 
@@ -93,7 +93,7 @@ def test_before_the_first_step_the_adapted_model_is_the_frozen_one(toy, name):
 def naive_episode(clip, support, labels, ids, method, r, lora_A, picks, views):
     """Losses of one episode with plain loops; only CLIP itself is shared. Adapters are added to the weights, not to the layers."""
     A, B = {n: a.clone().requires_grad_() for n, a in lora_A.items()}, {n: torch.zeros(a.shape[1], a.shape[0], requires_grad=True) for n, a in lora_A.items()}
-    layers, weights, on = clip.config.vision_layers, dict(clip.named_parameters()), sides(method)
+    layers, weights, on = clip.config.vision_layers, dict(clip.named_parameters()), halves(method)
     context = clip.token_embedding.weight[ids[0, 1:5]].clone().requires_grad_()
     alpha = torch.zeros(layers).index_fill_(0, torch.tensor(math.floor(r.alpha_block * layers / 12)), r.alpha).requires_grad_()
     beta = torch.full((layers,), r.beta).requires_grad_()
@@ -257,9 +257,9 @@ def test_adapt_means_by_a_recipe_s_name_what_the_command_line_does(toy, name, me
 
 
 def test_methods_join_and_unknown_ones_are_named():
-    assert sides("atha+tir") == {"CLIPLoRA", "ATHA", "TIR", "pull", "push", "inhibit", "enhance"}
+    assert halves("atha+tir") == {"CLIPLoRA", "ATHA", "TIR", "pull", "push", "inhibit", "enhance"}
     alone = ("svl-only", "ra-only", "tir-inhibit", "coop", "maple+lv", "clip-lora")
-    assert [sides(method) for method in alone] == [
+    assert [halves(method) for method in alone] == [
         {"CLIPLoRA", "SVL"}, {"CLIPLoRA", "RA"}, {"CLIPLoRA", "TIR", "inhibit"}, {"CoOp"}, {"MaPLe", "LV"}, {"CLIPLoRA"}]
     for wrong in ("ahta", "atha+", "zero-shot+atha", "+", ""):
         with pytest.raises(UsageError, match="choose from zero-shot, clip-lora, coop"):
