@@ -418,7 +418,8 @@ def main() -> None:
     print(f"{', '.join(chips)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
     if not cuda:
-        train.multiply_fast()
+        train.multiply_fast()                                    # as train.py does, for the peer too
+        torch.set_flush_denormal(True)
     precision = args.precision or ("bfloat16" if cuda else "float32")
     bench = Bench(args, precision)
     print(f"ViT-B/16 in {precision}, {flops(VIT) / 1e9:.1f} GFLOP a picture; matrix products reach "
