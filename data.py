@@ -535,7 +535,7 @@ def try_lock(file) -> bool:
 
 
 @contextmanager
-def replacing(target: Path) -> Iterator[Path]:
+def made_once(target: Path) -> Iterator[Path]:
     """Where to make a file or folder, which then takes the target's place: it is there whole or not at all.
 
     One process at a time, so that the second finds the work done. Without locks both do it: no harm.
@@ -559,7 +559,7 @@ def replacing(target: Path) -> Iterator[Path]:
 def fetch(name: str, folder: Path) -> None:
     """Download a dataset. Raises DataError."""
     try:
-        with replacing(folder) as target:
+        with made_once(folder) as target:
             if not folder.is_dir():
                 progress(f"{name} is not at {folder}: downloading it")
                 DATASETS[name].fetch(target)
@@ -608,7 +608,7 @@ def keep(paths: list[str], size: int, fingerprint: str, places: list[Path]) -> T
             return images
     for place in places:
         try:
-            with replacing(place) as target:
+            with made_once(place) as target:
                 if mapped(place, shape, fingerprint) is None:
                     decode_all(paths, size, target, fingerprint)
             if (images := mapped(place, shape, fingerprint)) is None:

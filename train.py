@@ -296,17 +296,18 @@ class Learner(nn.Module):
 
         Those for the hooks are read off the recipe's text_block, which is the last but in the releases.
         """
-        ids, block_outputs = self.token_ids.flatten(0, 1), {}            # ids: (E*N, T)
+        ids, early = self.token_ids.flatten(0, 1), None                  # ids: (E*N, T)
         block = self.recipe.text_block * self.backbone.config.text_layers // 12            # negative: last
 
         def before_block(x: Tensor, layer: int) -> Tensor:               # x: (E*N, T, D)
-            block_outputs[layer - 1] = x
+            nonlocal early
+            if layer - 1 == block >= 0:
+                early = x                                                # what that block gave
             for part in self.parts:
                 x = fitting(part, "text_hook", part.text_hook(x, layer), like=x)
             return x
         last = self.backbone.encode_text(ids, before_block)
-        early = block >= 0 and block in block_outputs
-        for_hooks = self.backbone.read_text(block_outputs[block], ids) if early else last
+        for_hooks = last if early is None else self.backbone.read_text(early, ids)
         last, for_hooks = (text.unflatten(0, self.token_ids.shape[:2]) for text in (last, for_hooks))
         return F.normalize(last.float(), dim=-1), for_hooks
 
@@ -360,8 +361,8 @@ class Learner(nn.Module):
 class GivenBatches:
     """What `adapt` asks of data.Batches, for a support set (E, M, 3, S, S) that is at hand.
 
-    Every step sees all of it, or what `batches(number)` gives: by then the same pictures in the same order,
-    as RA compares each with itself.
+    Every step sees all of it, or what `batches(number)` gives. With RA, that must be the same pictures in the
+    same order in every step, as it compares each with what it was before.
     """
 
     def __init__(self, support: Tensor, labels: Tensor, batches: Callable | None):
@@ -648,7 +649,7 @@ def check_writable(target: str) -> None:
 
 
 @contextmanager
-def replacing(target: str | Path) -> Iterator[Path]:
+def new_file(target: str | Path) -> Iterator[Path]:
     """A file to write beside the target, whose place it takes when that is done. Raises DataError."""
     real = Path(os.path.realpath(target))
     part = real.with_name(f"{os.getpid()}.part{real.suffix}")
@@ -1240,7 +1241,7 @@ def draw_sheet(target: str, answers: Answers, size: int) -> None:
         lines = "\n".join(clipped(line, 30) for line in lines)
         lines = lines.encode("latin-1", "replace").decode("latin-1")     # Pillow's own font has these
         ImageDraw.Draw(sheet).text((x, y + side - 2), lines, "black")
-    with replacing(target) as part:
+    with new_file(target) as part:
         sheet.save(part)
     progress(f"drew {target}")
 
@@ -1332,7 +1333,7 @@ def look(args: Namespace, job: Job, dataset: str, shot: int) -> None:
         rows, whole = changes(tuned, tasks, *seen)
         lines = [json.dumps(row).replace("NaN", "null") + "\n" for row in [*rows, whole]]    # JSON has no NaN
         name = f"{called(dataset)}-{shot}shot-{OWN_FILE.sub('', job.method)}-{args.recipe}.probe.jsonl"
-        with replacing(Path(args.out, name)) as part:
+        with new_file(Path(args.out, name)) as part:
             part.write_text("".join(lines))
         print(probe_table(rows, whole, len(tasks)))
     if args.draw:
@@ -1364,7 +1365,7 @@ def draw_first(args: Namespace, job: Job, task: Task, *seen: Seen) -> None:
     said = [f"{names[truth[i]]}: zero-shot says {names[before[i]]}, tuned {names[after[i]]}" for i in some]
     block = job.recipe.alpha_block * c.vision_layers // 12 if args.draw_block is None else args.draw_block
     masks = [probe.masks[block][some] for probe, _, _ in seen]
-    with replacing(args.draw) as part:
+    with new_file(args.draw) as part:
         draw_patches(str(part), job.pool.images[task.query[some]], masks,
                      side=c.image // c.patch, said=said, titles=["picture", "zero-shot", "tuned"])
     print(f"drew {args.draw}")
