@@ -35,7 +35,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 
 try:
     import fcntl
-except ImportError:                                                      # Windows: see `locked`
+except ImportError:                                                      # Windows: see `try_lock`
     fcntl = None
 
 RGB = tuple[float, float, float]
