@@ -537,6 +537,8 @@ class RA(ExtraLoss):
 
         Keeps what is seen now for the next time.
         """
+        if step.plain.shape[1] > step.rows.shape[1]:
+            raise ValueError("RA compares pictures with themselves: each step must show the support set")
         if self.memory is None:
             self.begun = step.number
             shape = len(step.rows), step.total, step.features.shape[-1]

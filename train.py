@@ -155,6 +155,8 @@ def own_part(place: str) -> type[Part]:
         part = runpy.run_path(file)[name]
         if not issubclass(part, Part):
             raise TypeError(f"{name} is not a subclass of atha.Part")
+        if not vars(part).keys() & {"vision_hook", "text_hook", "enclose", "loss"}:
+            raise TypeError(f"{name} overrides no hook and no loss, so it would change nothing")
         for made in vars(part):
             if not hasattr(Part, made) and (meant := get_close_matches(made, dir(Part), n=1, cutoff=0.9)):
                 raise TypeError(f"nothing calls {made}: is {meant[0]} meant?")
@@ -417,7 +419,9 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     .losses (steps, E) and .logits. method: as on the command line. recipe: a Recipe, or a name as there,
     which takes M / N for the shot. seeds: one an episode, of all that is drawn but dropout, which is torch's.
     batches(number): the pictures (E, B, 3, S, S) and labels (E, B) of a step, the same when asked again;
-    without it every step sees the whole support set.
+    without it every step sees the whole support set. (The recipe's augment, minibatch, crop_area and bicubic
+    are for data.Batches, which may be given here, and are not read.) With RA, all steps must show the same
+    pictures in the same order, those of the support set first.
 
     To replay a recording: lora_A {module name: (rank, in) or (E, rank, in)}, LoRA's first A (B starts at 0),
     and picks (steps, N) or (steps, E, N), the rows of a step's pictures that SVL draws. To save memory:
@@ -462,6 +466,9 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
         for schedule in schedules:
             schedule.step()
         losses.append(loss.detach())
+    moved = {p for optimizer in optimizers for p in optimizer.state}
+    if still := [name for name in learner.names if learner.get_parameter(name) not in moved]:
+        raise UsageError(f"{learner.methods}: {still[0]} never got a gradient, so no loss depends on it")
     learner.losses = torch.stack(losses)
     return learner.requires_grad_(False).eval()
 
@@ -810,6 +817,9 @@ def markdown(cells: dict, family: str = "clip", recipe: str = "paper") -> str:
                   for (method, dataset), x in found.items() if base and method != "clip-lora"
                   and trainer_of(recipe, method) == trainer_of(recipe, "clip-lora")}
         lines += table("minus clip-lora, paired", paired, sign="+") if paired else []
+        others = {method for method, _ in found} - {method for method, _ in paired} - {"clip-lora"}
+        if base and others:
+            lines += ["", f"not paired, as another trainer made it: {', '.join(sorted(others))}"]
     return "\n".join(lines)
 
 

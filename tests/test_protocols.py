@@ -97,7 +97,8 @@ def test_a_method_of_ones_own_may_import_what_lies_beside_it(mine, capsys):
 @pytest.mark.parametrize("code, words", [
     ("x = 1", "KeyError: 'Mine'"), ("class Mine: pass", "not a subclass of atha.Part"), ("1 / 0", "ZeroDivisionError"),
     ("def", "SyntaxError"), (MINE.replace("mine_share\": (0.1", "rho\": (0.1"), "rho is one of Recipe already"),
-    (MINE.replace("vision_hook", "vison_hook"), "nothing calls vison_hook: is vision_hook meant?")])
+    (MINE.replace("vision_hook", "vison_hook") + "    def loss(self, step): return 0.0\n", "nothing calls vison_hook: is vision_hook meant?"),
+    (MINE.replace("vision_hook", "my_hook"), "Mine overrides no hook and no loss")])
 def test_a_method_of_ones_own_that_cannot_be_used_is_said_in_one_line(code, words, capsys):
     Path("mine.py").write_text(code)
     train.own_part.cache_clear()
@@ -128,12 +129,15 @@ HOOK = "vision_hook(self, text)"
     ("groups(self)", "[('sgd', [torch.zeros(2, requires_grad=True)], 1e-3)]", "Mine.groups takes adamw or sgd, and parameters of the part")])
 def test_what_a_method_of_ones_own_gives_back_must_fit(method, made, words, capsys):
     """Added as it is, it would be spread over the episodes, break a block of the tower, or not be saved."""
-    Path("mine.py").write_text(PART.format(method, made))
+    loss = "" if "loss" in method else "    def loss(self, step):\n        return 0.0\n"
+    Path("mine.py").write_text(PART.format(method, made) + loss)
     train.own_part.cache_clear()
     refused(capsys, [*TOY, "--method", "mine.py:Mine"], words)
 
 
 INIT = """
+    def loss(self, step):
+        return 0.0
     def __init__(self, *how):
         super().__init__(*how)
         self.weight = torch.nn.Parameter(torch.zeros({}))
@@ -142,7 +146,8 @@ INIT = """
 
 @pytest.mark.parametrize("shape, groups, words", [
     ("1", "[('adamw', [self.weight], 1e-3)]", "parts.1.weight has shape [1], but its first dimension is the episodes', 2"),
-    ("2, 3", "[]", "parts.1.weight is in no group")])
+    ("2, 3", "[]", "parts.1.weight is in no group"),
+    ("2, 3", "[('adamw', [self.weight], 1e-3)]", "parts.1.weight never got a gradient")])
 def test_what_a_method_of_ones_own_learns_is_one_an_episode_and_learned(shape, groups, words, capsys):
     """Shared by the episodes, it would let them learn from each other; in no group, it would stay as it is."""
     Path("mine.py").write_text(PART.format("groups(self)", groups) + INIT.format(shape))

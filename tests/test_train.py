@@ -300,6 +300,7 @@ def test_tables_have_the_papers_figure_beside_ours_and_differences_paired_with_t
     assert "| atha | +5.50 ± 0.69 | +1.00 ± 0.00 | +3.25 |" in table, "5 and 6 on the two episodes"
     cells = {(method, 1, "isic"): {0: 40.0} for method in ("clip-lora", "atha", "svl")}
     assert [train.markdown(cells, recipe=name).count("| svl | +0.00") for name in ("paper", "released-svl", "released")] == [1, 1, 0]
+    assert "another trainer made it: svl" in train.markdown(cells, recipe="released") and "another" not in train.markdown(cells)
     assert "| atha | +0.00" in train.markdown(cells, recipe="released"), "its trainer is the baseline's"
     cells = {("svl", 1, "isic"): {0: 40.0, 1: 50.0}}
     assert "(45.01)" in train.markdown(cells, "pe-core") and "(" not in train.markdown(cells, "") + train.markdown(cells, "siglip")
