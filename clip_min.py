@@ -776,7 +776,8 @@ def _tokenizer(config: CLIPConfig, folder: Path, metadata: dict[str, str],
     elif (folder / "merges.txt").exists():
         merges = folder / "merges.txt"
     elif config.vocab == OPENAI_VOCAB:
-        merges = download(MERGES_URL, CACHE / MERGES_URL.rpartition("/")[2], MERGES_SHA256)
+        with failing(f"{folder} has no merges.txt, and OpenAI's cannot be had"):
+            merges = download(MERGES_URL, CACHE / MERGES_URL.rpartition("/")[2], MERGES_SHA256)
     else:
         merges = []
     return Tokenizer(merges, config.vocab)

@@ -319,13 +319,15 @@ def list_folders(root: Path, under: str = "", names: dict[str, str] = {}) -> Fou
             rows += [(part, join(place, folder, f), names.get(folder, folder)) for f in pictures]
             left += [join(folder, name) for name in deeper] if pictures else [folder]
             endings.update(os.path.splitext(f)[1] or f for f in files if not is_image_file(f))
+    if endings:
+        say_no_pictures(endings)
     if not rows:
-        raise DataError(f"no class folders with pictures in {root / under}")
+        bare = sum(map(is_image_file, left))
+        hint = f": {bare} pictures lie in it, but each class needs a folder of its own" if bare else ""
+        raise DataError(f"no class folders with pictures in {root / under}{hint}")
     if left:
         more = f" and {len(left) - 9} more" if len(left) > 9 else ""
         progress(f"left out, without pictures or not right in a class folder: {', '.join(left[:9])}{more}")
-    if endings:
-        say_no_pictures(endings)
     return Found(rows, list(dict.fromkeys(name for _, _, name in rows)), root / under)
 
 

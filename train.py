@@ -1294,6 +1294,8 @@ def export(args: Namespace, learner: Learner, tokenizer: Tokenizer) -> int:
         prefix, (tensors, config) = "adapter_", peft_adapter(learner)
     else:
         merge(learner.backbone)
+        scale = torch.tensor(r.scale / (learner.temperature or 1)).log()                 # as --predict has it
+        learner.backbone.logit_scale = nn.Parameter(scale, requires_grad=False)
         tensors, config = clip_min.hugging_face(learner.backbone)
         prefix = "open_clip_" if "model_cfg" in config else ""
     whole = round(c.image * 257 / 224) if r.augment == "none" else c.image           # as `prepare` has it
@@ -1513,7 +1515,10 @@ def parse(argv: list[str]) -> Namespace:
     if not use:
         raise UsageError(f"give one of --{', --'.join(USES)}; --help tells more")
     if others:
-        raise UsageError(f"--{use} does not take {others[0]}")
+        flags = parser_for("")._option_string_actions
+        meant = get_close_matches(others[0], flags, n=1) if others[0] not in flags else []
+        hint = "".join(f"; is {flag} meant?" for flag in meant)
+        raise UsageError(f"--{use} does not take {others[0]}{hint}")
     sets, usual = {"all": data.PAPERS, "all-fsl": data.FSL}, {"dataset": ["atha"], "fit": ["clip-lora"]}
     args.dataset = [name for given in args.dataset or () for name in sets.get(given, [given])]
     if {*args.dataset} == {"toy"}:

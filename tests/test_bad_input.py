@@ -82,7 +82,7 @@ def test_what_is_no_picture_is_left_out(tmp_path, capsys):
         (folder / name).write_text("no picture")
     pool = data.load(str(folder))
     assert pool.classes == ["circle", "square"] and pool.labels.tolist() == [0, 0, 1, 1]
-    folders, endings = re.sub(r"decoding.*\n", "", capsys.readouterr().err).splitlines()
+    endings, folders = re.sub(r"decoding.*\n", "", capsys.readouterr().err).splitlines()
     said(folders, "empty, words")
     said(endings, "1 .db", "1 .txt", "1 .md")
 
@@ -266,6 +266,8 @@ BAD = {    # arguments, words that must be in the one line
        [("--lr", -1), ("--lr", "nan"), ("--weight-decay", -1), ("--scale", "inf"), ("--context", -3)]},
     **{f"split of {name}": (["--dataset", "dtd", "--split", name, 3], ["--split", "neither --way nor --query"]) for name in ("--way", "--query")},
     "names alone": (["--dataset", "toy", "--names", "x.json"], ["--dataset does not take --names"]),
+    "a flag misspelt": (["--fit", "{tmp}/half", "--save", "y", "--hodlout", 3], ["does not take --hodlout; is --holdout meant?"]),
+    "pictures in no class": (["--fit", "{tmp}/own/circle", "--save", "y", *TOYS], ["2 pictures lie in it", "a folder of its own"]),
     "fit a file": (["--fit", "{tmp}/file", "--save", "y"], ["{tmp}/file", "folder"]),
     **{f"{name} {value}": (["--dataset", "toy", name, value], [name, str(value), "to 11"]) for name, value in
        [("--alpha-block", 12), ("--tir-blocks", 15), ("--text-block", 12)]},
@@ -298,7 +300,7 @@ def test_bad_input(case, tmp_path, monkeypatch, capsys):
     for folder in ("CropDiseases", "eurosat"):
         (tmp_path / "half" / folder).mkdir(parents=True)
     (tmp_path / "file").write_text("a file")
-    if "{tmp}/own" in BAD[case][0]:
+    if "{tmp}/own" in str(BAD[case][0]):
         draw_pictures(tmp_path / "own", 2, 2)
     argv, words = ([str(a).replace("{tmp}", str(tmp_path)) for a in part] for part in BAD[case])
     refused(capsys, [*argv, *(["--out", tmp_path / "out"] if "--out" not in argv and "--dataset" in argv else [])], *words)

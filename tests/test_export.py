@@ -67,6 +67,7 @@ def test_transformers_answers_as_we_do_on_real_leaves(tmp_path, leaves, method, 
     logits = logits_of(model.get_image_features(pixel_values=images[0]).pooler_output, about, texts)
     same(logits, learner.logits(images)[0])
     assert (about["classes"], about["temperature"]) == (leaves.classes, 2.0)
+    assert model.logit_scale.exp().item() == pytest.approx(about["scale"] / 2, rel=1e-5), "for those who use it whole"
     # pictures as its own processor prepares them: from one resize, not two, so nearly the same
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     pixels = processor(list(leaves.images), return_tensors="pt")["pixel_values"]
