@@ -326,13 +326,17 @@ class CLIPLoRA(Part):
             self.adapters |= {f"{tower}.{name}": adapter for name, adapter in added.items()}
 
     def draw(self, generators, rows, recorded):
+        first, given = [], recorded.get("lora_A") or {}
         for name, adapter in self.adapters.items():
             shape, bound = adapter.A.shape[1:], adapter.A.shape[-1] ** -0.5
-            first = (recorded.get("lora_A") or {}).get(name)
-            if first is None:
+            drawn = given.get(name)
+            if drawn is None:
                 draws = [torch.empty(shape).uniform_(-bound, bound, generator=g) for g in generators]
-                first = torch.stack(draws)
-            adapter.A.data.copy_(first.expand_as(adapter.A))
+                drawn = torch.stack(draws)
+            first.append(drawn.expand_as(adapter.A).flatten())
+        on_device = torch.cat(first).to(self.token_ids.device)            # in one copy
+        for adapter, values in zip(self.adapters.values(), on_device.split([len(x) for x in first])):
+            adapter.A.data.copy_(values.view(adapter.A.shape))
 
     def groups(self):
         learned = [p for adapter in self.adapters.values() for p in (adapter.A, adapter.B)]
