@@ -243,3 +243,22 @@ def test_visual_learning_is_cross_entropy_against_class_means():
 def test_the_simplified_rule_weighs_sinks_and_specific_tokens_alone(ways):
     marks = torch.tril(torch.ones(ways + 1, ways), -1)[None]              # token i is marked by i classes
     assert tir_weights_simple(marks)[0].tolist() == [1, 2, *[1] * (ways - 2), 0]
+
+
+def test_ra_draws_to_what_was_alike_a_step_before_and_to_what_the_texts_say():
+    """Features that change wholly from step to step: only the step before, augmented and plain, gives this target."""
+    torch.manual_seed(0)
+    part, number = atha.RA(None, torch.zeros(2, 3, 4), Recipe(steps=10, ra_weight=3.0), set()), 4
+    rows, labels = torch.arange(4).expand(2, -1), torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0]])
+    features, plain, text = (F.normalize(torch.randn(number, 2, n, 6), dim=-1) for n in (4, 4, 3))
+    for k in range(number):
+        step = atha.Step(k, features=features[k], labels=labels, logits=None, text=text[0], plain=plain[k], plain_labels=labels, rows=rows, total=4)
+        ours, c = part.loss(step), 1 - k / 6
+        if k == 0:
+            assert ours == 0.0, "there is no step before"
+            continue
+        for e in range(2):
+            of_text = torch.stack([torch.stack([text[0, e, m] @ text[0, e, n] for n in labels[e]]) for m in labels[e]])
+            fused = c * features[k - 1, e] @ plain[k - 1, e].T + (1 - c) * of_text
+            p, q = (features[k, e] @ plain[k, e].T).softmax(-1), fused.softmax(-1)
+            same(ours[e], 3 * (p * (p / q).log()).sum(-1).mean(), 1e-5)
