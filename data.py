@@ -296,8 +296,8 @@ def visible(folder: Path) -> list[list[str]]:
 
 def say_no_pictures(endings: Counter) -> None:
     """endings: of files that are not taken for pictures."""
-    told = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(5))
-    progress(f"left out, as these endings are none of pictures that are read here: {told}")
+    counts = ", ".join(f"{n} {ending}" for ending, n in endings.most_common(5))
+    progress(f"left out, as these endings are none of pictures that are read here: {counts}")
 
 
 def list_folders(root: Path, under: str = "", names: dict[str, str] = {}) -> Found:
@@ -787,10 +787,12 @@ class Batches:
             order = self.uniform("order", epochs, self.shown).argsort(-1).flatten(1)
             order = order[:, : self.steps * self.batch].view(tasks, self.steps, self.batch)
         else:
-            order = torch.arange(self.shown).expand(tasks, self.steps, -1)
+            order = torch.arange(self.shown).expand(tasks, 1, -1)
         task, picture = torch.arange(tasks)[:, None, None], order % self.pictures
-        self.order, self.places = order.to(self.device), self.support[task, picture]    # (E, steps, B) each
-        self.truth = self.labels[task, picture].to(self.device)
+        places, truth = self.support[task, picture], self.labels[task, picture].to(self.device)
+        # (E, steps, B) each; what all steps of a full batch share is in memory once
+        self.order, self.places, self.truth = (x.expand(-1, self.steps, -1)
+                                               for x in (order.to(self.device), places, truth))
         self.step, self.made = 0, {}    # see `once`
         self.coming, self.background = (None, None), ThreadPoolExecutor(1)       # see `taken`
 
