@@ -65,10 +65,11 @@ class Recipe:
     rank: int = 16
     lora_alpha: float = 8.0            # scaled by lora_alpha / sqrt(rank)
     dropout: float = 0.25              # on its input
-    text_lora: bool = False            # in the text tower too
+    lora: str = "vision"               # which tower: vision, text or both
     # CoOp
     context: int = 4                   # learned vectors in place of the prompt's first tokens
     context_lr: float = 2e-3
+    prompt_schedule: bool = True       # CoOp's and MaPLe's: first step at 1e-5, then cosine
     # MaPLe
     maple_prompts: int = 2             # prompt vectors a block
     maple_depth: int = 9               # so many of the first blocks get them
@@ -91,26 +92,26 @@ class Recipe:
     # SVL, RA and LV
     extra_share: float = 0.6           # share of the steps in which the loss acts
     extra_last: bool = False           # the last steps, not the first
-    svl_weight: float = 0.1
+    svl_weight: float | None = None    # 0.1, or 0.001 where the text tower alone learns
     ra_weight: float = 3.0
-    ra: str = "paper"                  # formula of the loss, or released
+    ra: str = "released"               # formula of the loss, or softmax
     lv_weight: float = 0.1
 
 
 RELEASED_ATHA = Recipe(
-    tune="clip-lora+coop", text_lora=True, scale=2.0, augment="none", text_block=10,
+    tune="clip-lora+coop", lora="both", scale=2.0, augment="none", text_block=10,
     text_to_tokens="released", rho=0.3, gamma=0.2, alpha_block=6, beta=0.0, copy_cls=True, sgd=True,
-    ra="released")
+    prompt_schedule=False)
 RECIPES = {    # at 1 shot; recipe_for knows what depends on the shot
     "paper": Recipe(),
     "released-atha": RELEASED_ATHA,
-    "released-svl": replace(RELEASED_ATHA, tune="clip-lora", text_lora=False, scale=100.0, augment="views",
+    "released-svl": replace(RELEASED_ATHA, tune="clip-lora", lora="vision", scale=100.0, augment="views",
                             steps=250, cosine=8.0),
-    "clip-lora-fsl": Recipe(text_lora=True, rank=2, lora_alpha=1.0, steps=500, minibatch=32, cosine=1.0,
+    "clip-lora-fsl": Recipe(lora="both", rank=2, lora_alpha=1.0, steps=500, minibatch=32, cosine=1.0,
                             crop_area=0.08, bicubic=True),
 }
 CHOICES = {"augment": ["none", "crop", "views"], "text_to_tokens": ["paper", "released"],
-           "tir_rule": ["linear", "simple"], "ra": ["paper", "released"]}
+           "tir_rule": ["linear", "simple"], "ra": ["released", "softmax"], "lora": ["vision", "text", "both"]}
 ALWAYS, TRAINING = "prompt scale augment", "tune steps minibatch weight_decay cosine crop_area bicubic"
 METHODS = ["zero-shot", *dict.fromkeys(name for part in PARTS for name in part.names)]
 
