@@ -4,10 +4,15 @@
   python train.py --dataset eurosat --shot 1      the real thing: ATHA, 800 episodes, fetched at need
   python train.py --dataset all --shot 1 5 --method all          the papers' tables
   python train.py --dataset dtd --split --shot 16 --method clip-lora             all classes, whole test split
+  python train.py --dataset eurosat --method atha atha@rho=0.2   two settings of one method, paired
   python train.py --dataset eurosat --method mine.py:Mine        a method of your own
   python train.py --fit FOLDER --save mine.safetensors           your own pictures
   python train.py --predict mine.safetensors PICTURES
   python train.py --export mine.safetensors OUT                  for transformers
+
+Results are kept under --out, a JSON line an episode, in a file whose name ends in a digest of all settings:
+the same command goes on where it stopped, another setting is another file. Under torchrun each process takes
+its share of the episodes.
 
 In a program, `adapt` is the whole of training in one call.
 """
@@ -15,23 +20,27 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import os
+import re
 import runpy
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
+from glob import escape
 from itertools import product
+from math import cos, pi
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, distributed, nn
-from torchvision.datasets.folder import is_image_file
+from torch import Tensor, nn
 
 import clip_min
 import data
@@ -41,15 +50,16 @@ from data import Batches, DataError, Pool, Progress, Task, generator
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))           # torchrun's
 CUDA = torch.cuda.is_available()
+Batch = Callable[[int], tuple[Tensor, ...]]      # step -> its pictures, labels, plain pictures, their labels
 
 
-# ---------------------------------------------------------------------------------------- recipes and methods
+# ----------------------------------------------------------------------------------------------------- recipe
 
 @dataclass(frozen=True)
 class Recipe:
     """Every hyper-parameter, each a flag; defaults are the papers'. Blocks count from 0, of 12 (at_depth)."""
     # every method, and zero-shot
-    prompt: str = "a photo of a {}."   # text of a class, {} is its name
+    prompt: str = "a photo of a {}."   # text of a class, {} is its name; coop: the dataset's own in CoOp
     scale: float = 100.0               # logits are this times the cosine
     augment: str = "crop"              # support pictures: none (257 -> 224 centre crop), crop, five views
     # training
@@ -58,20 +68,19 @@ class Recipe:
     minibatch: int = 0                 # pictures a step, shuffled; 0: all of them
     weight_decay: float = 1e-2         # of AdamW
     cosine: float = 0.0                # schedule to 1e-6 over so many times the steps; 0: none
-    crop_area: float = 0.5             # smallest area of a random crop
+    crop_area: float = 0.08            # smallest area of a random crop
     bicubic: bool = False              # random crops are resampled bicubic, not bilinear
     # CLIP-LoRA
     lr: float = 2e-4
     rank: int = 16
     lora_alpha: float = 8.0            # scaled by lora_alpha / sqrt(rank)
     dropout: float = 0.25              # on its input
-    lora: str = "vision"               # which tower: vision, text or both
-    # CoOp
-    context: int = 4                   # learned vectors in place of the prompt's first tokens
+    lora: str = "vision"               # tower: vision, text or both
+    # CoOp and MaPLe
+    prompt_schedule: bool = True       # their SGD: one step at 1e-5, then cosine to 0
+    context: int = 4                   # CoOp: learned vectors in place of the prompt's first tokens
     context_lr: float = 2e-3
-    prompt_schedule: bool = True       # CoOp's and MaPLe's: first step at 1e-5, then cosine
-    # MaPLe
-    maple_prompts: int = 2             # prompt vectors a block
+    maple_prompts: int = 2             # MaPLe: prompt vectors a block
     maple_depth: int = 9               # so many of the first blocks get them
     maple_lr: float = 3.5e-3
     # ATHA
@@ -98,85 +107,95 @@ class Recipe:
     lv_weight: float = 0.1
 
 
-RELEASED_ATHA = Recipe(
-    tune="clip-lora+coop", lora="both", scale=2.0, augment="none", text_block=10,
-    text_to_tokens="released", rho=0.3, gamma=0.2, alpha_block=6, beta=0.0, copy_cls=True, sgd=True,
-    prompt_schedule=False)
-RECIPES = {    # at 1 shot; recipe_for knows what depends on the shot
-    "paper": Recipe(),
-    "released-atha": RELEASED_ATHA,
-    "released-svl": replace(RELEASED_ATHA, tune="clip-lora", lora="vision", scale=100.0, augment="views",
-                            steps=250, cosine=8.0),
-    "clip-lora-fsl": Recipe(lora="both", rank=2, lora_alpha=1.0, steps=500, minibatch=32, cosine=1.0,
-                            crop_area=0.08, bicubic=True),
-}
-CHOICES = {"augment": ["none", "crop", "views"], "text_to_tokens": ["paper", "released"],
-           "tir_rule": ["linear", "simple"], "ra": ["released", "softmax"], "lora": ["vision", "text", "both"]}
-ALWAYS, TRAINING = "prompt scale augment", "tune steps minibatch weight_decay cosine crop_area bicubic"
-METHODS = ["zero-shot", *dict.fromkeys(name for part in PARTS for name in part.names)]
-
-
-@cache
-def own_part(place: str) -> type[Part]:
-    """The class of a user's own method, "FILE.py:NAME". Raises UsageError."""
-    file, _, name = place.rpartition(":")
-    sys.path.append(os.path.dirname(os.path.abspath(file)))              # for what it imports from beside it
-    part = runpy.run_path(file).get(name)
-    if not (isinstance(part, type) and issubclass(part, Part)):
-        raise UsageError(f"{file} has no class {name} that is an atha.Part")
-    return part
-
-
-def own_code(method: str) -> list[str]:
-    """The text of the files of a user's own methods, so that results of two versions are not mixed."""
-    return [Path(name.rpartition(":")[0]).read_text() for name in method.split("+") if ":" in name]
-
-
-def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]:
-    """What a method, or several joined with +, switches on, with the halves of each, in the order of acting.
-
-    tune: the ways to tune where the method names none, or clip-lora alone. Raises UsageError.
-    """
-    on = {}
-    for name in method.split("+") if method != "zero-shot" else ():
-        named = [own_part(name)] if ":" in name else [part for part in PARTS if name in part.names]
-        if not named:
-            raise UsageError(f"unknown method {name!r}: choose from {', '.join(METHODS)}, FILE.py:NAME, "
-                             "or join some with +")
-        for part in named:
-            on[part] = on.get(part, set()) | part.names.get(name, set())
-    if on and tune and not any(part.tunes and "clip-lora" not in part.names for part in on):
-        on = parts_of(tune, tune="") | on
-    return {part: on[part] for part in [*PARTS, *on] if part in on}
-
-
-def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "") -> Recipe:
-    """A recipe by its name for a method, a shot and a dataset: what the trainers set by hand."""
-    recipe = RECIPES[name]
-    if name == "released-atha" and shot > 1:
-        return replace(recipe, scale=4.0)
-    if name == "released-svl" and all(part.tunes for part in parts_of(method)):       # its own baseline
-        return replace(recipe, minibatch=25)
-    if name == "released-svl":
-        return replace(recipe, steps=recipe.steps * shot // (2 if dataset == "chestx" else 1))
-    return replace(recipe, steps=recipe.steps * shot) if name == "clip-lora-fsl" else recipe
-
-
-def recipe_of(recipe: Recipe, given: dict[str, object]) -> Recipe:
-    """The recipe with other fields; a list, as JSON and the command line have it, is a tuple."""
-    return replace(recipe, **{name: tuple(x) if isinstance(x, list) else x for name, x in given.items()})
-
-
-def fields_of(recipe: Recipe, method: str) -> dict[str, object]:
-    """What of the recipe a method reads: two runs are alike if these are."""
-    on, every = parts_of(method, recipe.tune), asdict(recipe)
-    read = f"{ALWAYS} {TRAINING if on else ''}".split()
-    for part in on:
-        read += every if part.reads is None else part.reads.split()
-    return {name: value for name, value in every.items() if name in read}
-
-
 # ------------------------------------------------------------------------------------------------- adaptation
+
+def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method: str = "atha",
+          recipe: Recipe | str = "paper", batches: Batch | None = None,
+          seeds: Sequence[object] | None = None, lora_A: dict[str, Tensor] | None = None,
+          picks: Tensor | None = None) -> Learner:
+    """Fine-tune E episodes in one batch, each as it would go alone, but for dropout; clip stays as it was.
+
+    support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> a Learner, with .losses
+    (steps, E) and .logits. recipe: a Recipe, or a name, which takes M / N for the shot. Every step sees the
+    whole support set, or what batches(number) gives: pictures (E, B, 3, S, S) and labels (E, B), or a
+    data.Batches. (The recipe's augment, minibatch, crop_area and bicubic are for data.Batches, and are not
+    read.) seeds: one an episode, of all chance; without them dropout's is torch's own.
+
+    To replay a recording: lora_A {module name: (rank, in) or (E, rank, in)}, LoRA's first A (B starts at 0),
+    and picks (steps, N) or (steps, E, N), the rows of a step's pictures that SVL draws.
+    """
+    def batch(number: int) -> tuple[Tensor, ...]:                        # plain ones too, unless they come
+        return (*(batches(number) if batches else (support, labels)), support, labels)[:4]
+
+    if isinstance(recipe, str):
+        recipe = recipe_for(recipe, method, shot=support.shape[1] // token_ids.shape[1])
+    learner = start(clip, token_ids, method, recipe, seeds, rows=batch(0)[1].shape[1])
+    for name, first in (lora_A or {}).items():
+        learner.clip.get_submodule(name).A.data.copy_(first)
+    for part in learner.parts if picks is not None else ():
+        if hasattr(part, "picks"):
+            part.picks.copy_(picks.reshape(len(picks), -1, picks.shape[-1]))
+    return train(learner, batch)
+
+
+def start(clip: CLIP, token_ids: Tensor, method: str, recipe: Recipe, seeds: Sequence[object] | None,
+          rows: int) -> Learner:
+    """A learner before its first step, with what each episode draws by its seed. rows: B, pictures a step."""
+    if seeds is not None:
+        torch.manual_seed(generator("dropout", seeds[0]).initial_seed())
+    learner = Learner(clip, token_ids, method, recipe)
+    generators = [generator("learner", seed) for seed in seeds or range(len(token_ids))]
+    for part in learner.parts:
+        part.draw(generators, rows)
+    return learner
+
+
+def train(learner: Learner, batches: Batch, report: Callable = int) -> Learner:
+    """The training loop. batches(number): as data.Batches gives them; report(number) hears of every step."""
+    recipe, losses, text = learner.recipe, [], None
+    optimizers = make_optimizers(learner)
+    learner.train()
+    for number in range(recipe.steps if learner.parts else 0):
+        images, labels, plain, plain_labels = batches(number)                        # (E, B, 3, S, S), (E, B)
+        if not any(part.wants_plain(number) for part in learner.parts):
+            plain = plain[:, :0]                                                     # (E, K, 3, S, S), K = 0
+        if text is None or learner.learns_text:     # class texts change only where the text tower learns
+            with torch.set_grad_enabled(learner.learns_text):
+                text, hook_text = learner.text()                                     # (E, N, embed)
+        both = learner.features(torch.cat([images, plain], 1), learner.hook(hook_text))
+        features, plain = both.split([images.shape[1], plain.shape[1]], 1)           # (E, B or K, embed)
+        logits = recipe.scale * features @ text.mT       # cosines, as both are of unit length: (E, B, N)
+        loss = F.cross_entropy(logits.mT, labels, reduction="none").mean(1)          # of (E, N, B): (E,)
+        step = Step(number, features, labels, logits, text, plain, plain_labels)
+        loss = loss + sum(part.loss(step) for part in learner.parts)
+        loss.sum().backward()        # a mean would make an episode's steps depend on how many there are
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(optimizer, recipe, number)
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())
+        report(number + 1)
+    learner.losses = torch.stack(losses) if losses else torch.zeros(0, len(learner.token_ids))    # (steps, E)
+    return learner.eval()
+
+
+def make_optimizers(learner: Learner) -> list[torch.optim.Optimizer]:
+    """One for each group of parameters that a part learns."""
+    kinds = {    # momentum and decay of SGD are the released trainer's, and CoOp's and MaPLe's
+        "adamw": partial(torch.optim.AdamW, weight_decay=learner.recipe.weight_decay, fused=True),
+        "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)}
+    return [kinds[kind](parameters, lr) for part in learner.parts for kind, parameters, lr in part.groups()]
+
+
+def learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, number: int) -> float:
+    """Of step `number`: AdamW's cosine to 1e-6; CoOp's and MaPLe's 1e-5, then cosine to 0; or constant."""
+    first, prompts = optimizer.defaults["lr"], isinstance(optimizer, torch.optim.SGD)
+    if prompts and recipe.prompt_schedule:
+        return first * (1 + cos(pi * (number - 1) / recipe.steps)) / 2 if number else 1e-5
+    if not prompts and recipe.cosine:
+        return 1e-6 + (first - 1e-6) * (1 + cos(pi * number / recipe.cosine / recipe.steps)) / 2
+    return first
+
 
 class Learner(nn.Module):
     """A backbone with what E episodes learn on it, in `parts`. token_ids (E, N, context)."""
@@ -189,7 +208,6 @@ class Learner(nn.Module):
         self.parts = nn.ModuleList(part(self.clip, self.token_ids, recipe, halves)
                                    for part, halves in parts_of(method, recipe.tune).items())
         self.learns_text = any(part.learns_text for part in self.parts)
-        self.losses = torch.zeros(0, len(token_ids))
         for name, p in self.learned().items():                # one for all episodes would mix what they learn
             if p.shape[:1] != (len(token_ids),):
                 raise UsageError(f"{method}: {name} has shape {list(p.shape)}, but its first dimension is of "
@@ -214,6 +232,7 @@ class Learner(nn.Module):
             for part in self.parts:
                 x = part.text_hook(x, layer)
             return x
+
         last = self.clip.encode_text(ids, before_block)
         for_hooks = last if early is None else self.clip.read_text(early, ids)
         last, for_hooks = (text.unflatten(0, self.token_ids.shape[:2]) for text in (last, for_hooks))
@@ -227,6 +246,7 @@ class Learner(nn.Module):
             for one in hooks:
                 tokens = one(tokens, layer)
             return tokens
+
         for part in self.parts:
             enclosed = part.enclose(enclosed)
         return enclosed
@@ -247,82 +267,118 @@ class Learner(nn.Module):
         return text, self.hook(hook_text)
 
     @torch.no_grad()
-    def logits(self, images: Tensor, chunk: int = 25) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         """(E, Q, 3, S, S) normalised -> (E, Q, N) float32, scale times the cosine."""
         text, hook = self.text_and_hook
-        features = [self.features(some, hook) for some in images.split(chunk, 1)]
-        return self.recipe.scale * torch.cat(features, 1) @ text.mT
+        return self.recipe.scale * self.features(images, hook) @ text.mT
 
 
-def drawn(clip: CLIP, token_ids: Tensor, method: str, recipe: Recipe, seeds: Sequence[object],
-          rows: int) -> Learner:
-    """A learner as it is before the first step, every episode's chance from its own seed; rows: B, of a step.
+# ---------------------------------------------------------------------------------------- methods and recipes
 
-    To replay a recording, set what it drew before `train`: LoRA's A in learner.clip, picks of the part SVL.
+METHODS = ["zero-shot", *dict.fromkeys(name for part in PARTS for name in part.names)]
+RELEASED_ATHA = Recipe(
+    tune="clip-lora+coop", lora="both", prompt_schedule=False, scale=2.0, augment="none", text_block=10,
+    text_to_tokens="released", rho=0.3, gamma=0.2, alpha_block=6, beta=0.0, copy_cls=True, sgd=True)
+RECIPES = {    # at 1 shot; recipe_for knows what depends on the shot
+    "paper": Recipe(),
+    "released-atha": RELEASED_ATHA,
+    "released-svl": replace(RELEASED_ATHA, tune="clip-lora", lora="vision", scale=100.0, augment="views",
+                            steps=250, cosine=8.0),
+    "clip-lora-fsl": Recipe(lora="both", rank=2, lora_alpha=1.0, steps=500, minibatch=32, cosine=1.0,
+                            bicubic=True),
+}
+CHOICES = {"recipe": [*RECIPES, "released"], "precision": ["float32", "bfloat16"],
+           "augment": ["none", "crop", "views"], "lora": ["vision", "text", "both"],
+           "text_to_tokens": ["paper", "released"], "tir_rule": ["linear", "simple"],
+           "ra": ["released", "softmax"]}
+ALWAYS, TRAINING = "prompt scale augment", "tune steps minibatch weight_decay cosine crop_area bicubic"
+
+
+@cache
+def load_own(place: str) -> type[Part]:
+    """The class of a user's own method, "FILE.py:NAME". Raises UsageError."""
+    file, _, name = place.rpartition(":")
+    sys.path.append(os.path.dirname(os.path.abspath(file)))              # for what it imports from beside it
+    part = runpy.run_path(file).get(name)
+    if not (isinstance(part, type) and issubclass(part, Part)):
+        raise UsageError(f"{file} has no class {name} that is an atha.Part")
+    return part
+
+
+def names_in(method: str) -> list[str]:
+    """"a+b@x=1@y=2": the names a and b, before the settings."""
+    return method.partition("@")[0].split("+")
+
+
+def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]:
+    """What a method, or several joined with +, switches on, with the halves of each, in the order of acting.
+
+    tune: the ways to tune where the method names none, or clip-lora alone. Raises UsageError.
     """
-    learner, generators = Learner(clip, token_ids, method, recipe), [generator("learner", s) for s in seeds]
-    for part in learner.parts:
-        part.draw(generators, rows)
-    return learner
+    on = {}
+    for name in names_in(method) if method != "zero-shot" else ():
+        parts = [load_own(name)] if ":" in name else [part for part in PARTS if name in part.names]
+        if not parts:
+            raise UsageError(f"unknown method {name!r}: choose from {', '.join(METHODS)}, FILE.py:NAME, "
+                             "or join some with +")
+        for part in parts:
+            on[part] = on.get(part, set()) | part.names.get(name, set())
+    if on and tune and not any(part.tunes and "clip-lora" not in part.names for part in on):
+        on = parts_of(tune, tune="") | on
+    return {part: on[part] for part in [*PARTS, *on] if part in on}
 
 
-def optimizers_of(learner: Learner) -> tuple[list, list]:
-    """AdamW and SGD over what the parts learn, and AdamW's cosine schedule; each list holds what there is."""
-    r, groups = learner.recipe, {"adamw": [], "sgd": []}
-    for part in learner.parts:
-        for kind, parameters, lr in part.groups():
-            groups[kind].append({"params": parameters, "lr": lr})
-    adamw = groups["adamw"] and [torch.optim.AdamW(groups["adamw"], weight_decay=r.weight_decay, fused=True)]
-    # momentum and decay are the released trainer's, and CoOp's and MaPLe's
-    sgd = groups["sgd"] and [torch.optim.SGD(groups["sgd"], momentum=0.9, weight_decay=5e-4)]
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
-    return adamw + sgd, [cosine(optimizer, r.cosine * r.steps, 1e-6) for optimizer in adamw if r.cosine]
+def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "", **values: object) -> Recipe:
+    """A recipe by its name for a method, a shot and a dataset: what the trainers set by hand.
 
-
-def train(learner: Learner, batches: Callable[[int], tuple[Tensor, ...]], told: Callable = int) -> Learner:
-    """The training loop. batches(number): as data.Batches gives them; told(number) hears of every step."""
-    recipe, losses, text = learner.recipe, [], None
-    optimizers, schedules = optimizers_of(learner)
-    learner.train()
-    for number in range(recipe.steps if learner.parts else 0):
-        images, labels, plain, plain_labels = batches(number)                        # (E, B, 3, S, S), (E, B)
-        if not any(part.wants_plain(number) for part in learner.parts):
-            plain = plain[:, :0]                                                     # (E, K, 3, S, S), K = 0
-        if text is None or learner.learns_text:     # class texts change only where the text tower learns
-            with torch.set_grad_enabled(learner.learns_text):
-                text, hook_text = learner.text()                                     # (E, N, embed)
-        both = learner.features(torch.cat([images, plain], 1), learner.hook(hook_text))
-        features, plain = both.split([images.shape[1], plain.shape[1]], 1)           # (E, B or K, embed)
-        logits = recipe.scale * features @ text.mT       # cosines, as both are of unit length: (E, B, N)
-        loss = F.cross_entropy(logits.mT, labels, reduction="none").mean(1)          # of (E, N, B): (E,)
-        step = Step(number, features, labels, logits, text, plain, plain_labels)
-        loss = loss + sum(part.loss(step) for part in learner.parts)
-        loss.sum().backward()        # a mean would make an episode's steps depend on how many there are
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        for schedule in schedules:
-            schedule.step()
-        losses.append(loss.detach())
-        told(number + 1)
-    learner.losses = torch.stack(losses) if losses else learner.losses               # (steps, E)
-    return learner.eval()
-
-
-def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method: str = "atha",
-          recipe: Recipe = Recipe(), batches: Callable[[int], tuple[Tensor, Tensor]] | None = None,
-          seeds: Sequence[object] | None = None) -> Learner:
-    """Fine-tune E episodes in one batch, each as it would go alone, but for dropout; clip stays as it was.
-
-    support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> a Learner, with .losses
-    (steps, E) and .logits. Every step sees the whole support set, or what batches(number) gives: pictures
-    (E, B, 3, S, S) and labels (E, B). (The recipe's augment, minibatch, crop_area and bicubic are for
-    data.Batches, and are not read.) seeds: one an episode, of all chance but dropout's, which is torch's.
+    `released` is the trainer that the method came with. values: fields to change; METHOD@FIELD=VALUE changes
+    more. Raises UsageError.
     """
-    shown = batches or (lambda number: (support, labels))
-    seeds = range(len(token_ids)) if seeds is None else seeds
-    learner = drawn(clip, token_ids, method, recipe, seeds, rows=shown(0)[1].shape[1])
-    return train(learner, lambda number: (*shown(number), support, labels))
+    kinds = {part.__name__ for part in parts_of(method)}
+    if name == "released":
+        from_svl = kinds & {"SVL", "RA", "LV"} and not kinds & {"ATHA", "TIR"}
+        name = "released-svl" if from_svl else "released-atha"
+    recipe = RECIPES[name]
+    if name == "released-atha" and shot > 1:
+        recipe = replace(recipe, scale=4.0)
+    elif name == "released-svl" and all(part.tunes for part in parts_of(method)):     # its own baseline
+        recipe = replace(recipe, minibatch=25)
+    elif name == "released-svl":
+        recipe = replace(recipe, steps=recipe.steps * shot // (2 if dataset == "chestx" else 1))
+    elif name == "clip-lora-fsl":
+        recipe = replace(recipe, steps=recipe.steps * shot)
+    for setting in method.split("@")[1:]:
+        field, _, value = setting.partition("=")
+        with suppress(ValueError):                            # a word is itself
+            value = json.loads(value)
+        values[field] = value
+    return change(recipe, values)
+
+
+def change(recipe: Recipe, values: dict[str, object]) -> Recipe:
+    """The recipe with other values; a list, as JSON and flags have it, is a tuple. Raises UsageError."""
+    if unknown := values.keys() - vars(recipe).keys():
+        raise UsageError(f"a recipe has no {min(unknown)}: --help lists what it has")
+    recipe = replace(recipe, **{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+    for name, value in vars(recipe).items():
+        if value not in CHOICES.get(name, [value]):
+            raise UsageError(f"{name} {value!r} is none of {', '.join(CHOICES[name])}")
+    return recipe
+
+
+def settings_of(clip: CLIP, method: str, recipe: Recipe) -> dict:
+    """What makes a learner what it is, but for its pictures: two are alike if these are.
+
+    Of the recipe the fields that the method's parts read; of a user's own methods the text of their files.
+    """
+    on, every = parts_of(method, recipe.tune), asdict(recipe)
+    read = f"{ALWAYS} {TRAINING if on else ''}".split()
+    for part in on:
+        read += every if part.reads is None else part.reads.split()
+    files = [name.rpartition(":")[0] for name in names_in(f"{recipe.tune}+{method}")]
+    return {"method": method, "recipe": {name: value for name, value in every.items() if name in read},
+            "code": data.digest([Path(file).read_text() for file in files if file]),
+            "weights": clip.fingerprint}
 
 
 # -------------------------------------------------------------------------------------- a method on a dataset
@@ -338,374 +394,416 @@ def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], clip: CL
 
 @dataclass
 class Job:
-    """A method under a recipe, on a pool's pictures: trains and tries tasks of it. token_ids (C, context)."""
+    """A method under a recipe, on a pool's pictures: trains and tests tasks of it. token_ids (C, context)."""
     clip: CLIP
     pool: Pool
     token_ids: Tensor
     method: str
     recipe: Recipe
 
-    def learn(self, tasks: Sequence[Task], seeds: Sequence[tuple], told: Callable = int) -> Learner:
-        """Train tasks with equally many support pictures in one batch; told(number) hears of every step."""
-        torch.manual_seed(generator("dropout", *seeds[0]).initial_seed())        # the same masks when resumed
-        token_ids = self.token_ids[torch.stack([task.classes for task in tasks]).to(self.token_ids.device)]
-        batches = Batches(self.pool.images, tasks, seeds, self.recipe, self.clip.config, token_ids.device)
-        learner = drawn(self.clip, token_ids, self.method, self.recipe, seeds, rows=batches.shown)
-        if not train(learner, batches, told).losses[-1:].isfinite().all():
+    def learn(self, tasks: Sequence[Task], seeds: Sequence[tuple], report: Callable = int) -> Learner:
+        """Train tasks with equally many support pictures in one batch; report(number) hears of every step."""
+        device = self.token_ids.device
+        token_ids = self.token_ids[torch.stack([task.classes for task in tasks]).to(device)]
+        batches = Batches(self.pool, tasks, seeds, self.recipe, self.clip.config, device)
+        learner = start(self.clip, token_ids, self.method, self.recipe, seeds, rows=batches.shown)
+        if not train(learner, batches, report).losses[-1:].isfinite().all():
             raise UsageError(f"the loss is not a number in one of the episodes {[n for *_, n in seeds]}: "
                              "lower --lr, or use --precision float32")
         return learner
 
-    def logits(self, learner: Learner, tasks: Sequence[Task]) -> list[Tensor]:
-        """One (Q, N) a task, on the CPU, in passes that fit memory."""
-        rows = nn.utils.rnn.pad_sequence([task.query for task in tasks], batch_first=True)     # (E, Q)
-        passes = [learner.logits(learner.prepare(self.pool.images[some])).cpu()
-                  for some in rows.split(25, 1)]
-        return [logits[: len(task.query)] for logits, task in zip(torch.cat(passes, 1), tasks)]
+    def logits(self, learner: Learner, tasks: Sequence[Task]) -> Tensor:
+        """(E, Q, N) on the CPU, in passes that fit memory."""
+        images = self.pool.images if self.pool.queries is None else self.pool.queries
+        passes = torch.stack([task.query for task in tasks]).split(25, 1)            # (E, 25), ...
+        return torch.cat([learner.logits(learner.prepare(images[rows])).cpu() for rows in passes], 1)
 
 
-class Results:
-    """One JSON line an episode, in a file named after a digest of all that makes them what they are.
+def task_of(args: Namespace, pool: Pool, shot: int, number: int) -> Task:
+    """The task of a number, 0, 1, ...: an episode, or with --split all classes."""
+    if args.split:
+        return pool.split(shot, args.seed + number)
+    return pool.task(number, args.way, shot, args.query, args.seed)
 
-    done: the accuracy of every finished episode, by its number. Processes of torchrun share the file.
+
+def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, range]:
+    """Train this process's share of what is not done yet, in batches of tasks.
+
+    Returns the file of results, one JSON line an episode, and the numbers of all episodes. The file's name
+    ends in a digest of the settings. Of torchrun's processes each takes every WORLD-th episode and adds to a
+    file of its own, as two that write to one are not safe on a network's disks.
     """
-
-    def __init__(self, folder: str, name: str, header: dict):
-        self.file, self.done = Path(folder, f"{name}-{data.digest(header)[:8]}.jsonl"), {}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        text = self.file.read_bytes() if self.file.exists() else b""
-        whole = text[: text.rfind(b"\n") + 1]                # without half a line of a run that was killed
-        for line in whole.splitlines()[1:]:
-            record = json.loads(line)
-            self.done[record["episode"]] = record["accuracy"]
-        self.done = gathered(self.done)                      # all have read before one writes
-        if RANK == 0 and whole != text:
-            os.truncate(self.file, len(whole))
-        if RANK == 0 and not whole:
-            self.append([header])
-        gathered({})
-
-    def append(self, records: list[dict]) -> None:
-        with open(self.file, "ab", buffering=0) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records).encode())
-
-
-def gathered(mine: dict) -> dict:
-    """What all processes of torchrun have, together; each waits for the others."""
-    everyone = [mine] * WORLD
-    if WORLD > 1:
-        distributed.all_gather_object(everyone, mine)
-    return {key: value for one in everyone for key, value in one.items()}
-
-
-def run_job(args: argparse.Namespace, job: Job, dataset: str, shot: int) -> dict[int, float]:
-    """Train what is not done yet, in batches of tasks; returns the accuracy of every task by its number."""
-    def task(number: int) -> Task:
-        if args.split:
-            return job.pool.split(shot, args.seed + number)
-        return job.pool.task(number, args.way, shot, args.query, args.seed)
-    kind = "split" if args.split else f"{args.way}way{args.query}"
-    method = "+".join(Path(name).name for name in job.method.split("+"))
-    name = f"{Path(dataset).resolve().name}-{kind}-{shot}shot-{method}-{args.recipe}-seed{args.seed}"
-    c, shown, done = job.clip.config, len(task(0).support), 0       # refused before a file is made, if it is
-    results = Results(args.out, name, {
-        "name": name, "method": job.method, "code": data.digest(own_code(job.method)),
-        "recipe": fields_of(job.recipe, job.method), "precision": args.precision,
-        "weights": job.clip.fingerprint, "data": job.pool.fingerprint})
+    c, kind = job.clip.config, "split" if args.split else f"{args.way}way{args.query}"
+    method, where = job.method.replace(os.sep, "_"), Path(dataset).resolve().name
+    name = f"{where}-{kind}-{shot}shot-{method}-{args.recipe}-seed{args.seed}"
+    settings = {"name": name, "data": job.pool.fingerprint, "precision": args.precision,
+                **settings_of(job.clip, job.method, job.recipe)}
+    file = Path(args.out, f"{name}-{data.digest(settings)[:8]}.jsonl")
+    own = file.with_stem(f"{file.stem}-rank{RANK}") if RANK else file
     usual = 3 if args.split else 100 if dataset == "toy" else 800 if shot == 1 else 400
-    episodes = range(args.episodes or usual)
-    todo = [n for n in episodes if n not in results.done][RANK::WORLD]
-    shown = min(shown, job.recipe.minibatch or shown)
-    size = shown * c.vision_layers * c.vision_width * (c.image // c.patch) ** 2
+    episodes, accuracies = range(args.episodes or usual), read_results(file)
+    begin_file(own, settings)
+    todo, done = [n for n in episodes if n % WORLD == RANK and n not in accuracies], 0
+    pictures = job.recipe.minibatch or len(task_of(args, job.pool, shot, 0).support)
+    size = pictures * c.vision_layers * c.vision_width * (c.image // c.patch) ** 2
     batch = args.batch or (128 if CUDA else min(16, max(1, 10 ** 7 // size)))      # ViT-B/16 on a CPU: one
     progress = Progress(name, len(todo))
 
-    def told(step: int) -> None:
-        known = f", {in_short(results.done.values())} %" if results.done else ""
+    def report(step: int) -> None:
+        known = f", {mean_text(accuracies.values())} %" if accuracies else ""
         progress(done + len(numbers) * step / (job.recipe.steps + 1), known)
+
     while done < len(todo):
         numbers = todo[done: done + batch]
-        tasks = [task(n) for n in numbers]
+        tasks = [task_of(args, job.pool, shot, n) for n in numbers]
         try:
-            logits = job.logits(job.learn(tasks, [(args.seed, n) for n in numbers], told), tasks)
+            logits = job.logits(job.learn(tasks, [(args.seed, n) for n in numbers], report), tasks)
         except RuntimeError as e:
             if "memory" not in str(e) or batch == 1:
                 raise
-            batch //= 2
+            batch = (len(numbers) + 1) // 2
             print(f"out of memory: {batch} at a time from here on", file=sys.stderr)
             continue
-        right = [(x.argmax(-1) == task.truth).double().mean().item() for x, task in zip(logits, tasks)]
-        results.append([{"episode": n, "accuracy": 100 * x} for n, x in zip(numbers, right)])
-        results.done |= {n: 100 * x for n, x in zip(numbers, right)}
+        right = logits.argmax(-1) == torch.stack([task.truth for task in tasks])                     # (E, Q)
+        new = dict(zip(numbers, (100 * right.double().mean(1)).tolist()))
+        append(own, *({"episode": n, "accuracy": x} for n, x in new.items()))
+        accuracies |= new
         done += len(numbers)
-    results.done = gathered(results.done)
-    return {n: results.done[n] for n in episodes}
+    return file, episodes
+
+
+def begin_file(file: Path, settings: dict) -> None:
+    """Make a file of results ready for the next line: half a line of a run that was killed is cut off."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = file.read_bytes() if file.exists() else b""
+    if whole := text.rfind(b"\n") + 1:
+        os.truncate(file, whole)
+    else:
+        append(file, settings)
+
+
+def append(file: Path, *records: dict) -> None:
+    with open(file, "ab", buffering=0) as out:
+        out.write("".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def read_results(file: Path) -> dict[int, float]:
+    """The accuracy of every finished episode, by its number, of all processes' files."""
+    lines = [line for part in file.parent.glob(f"{escape(file.stem)}*.jsonl")
+             for line in part.read_bytes().splitlines(keepends=True)[1:] if line.endswith(b"\n")]
+    return {record["episode"]: record["accuracy"] for record in map(json.loads, lines)}
+
+
+def wait_for_all(file: Path, episodes: range) -> dict[int, float]:
+    """read_results of these episodes, once the other processes have done theirs too."""
+    while missing := {*episodes} - (accuracies := read_results(file)).keys():
+        print(f"{file.stem}: {len(missing)} episodes of other processes to wait for", file=sys.stderr)
+        time.sleep(10)
+    return {n: accuracies[n] for n in episodes}
 
 
 # ----------------------------------------------------------------------------------------------------- tables
 
-# What the papers report of a CLIP ViT-B/16, in %; a row a paper
+# What the papers report of a ViT-B/16 of each family, in %; a row a paper
 PAPER = """
-method       shot   isic   eurosat  cropdiseases  chestx
-clip-lora    1      35.23  81.41    85.32         21.73
-clip-lora    1      36.40  81.72    84.62         21.86
-clip-lora    5      51.10  92.52    96.21         24.13
-atha         1      38.86  82.56    87.99         24.00
-tir          1      39.38  82.53    86.91         23.98
-tir          5      56.73  93.49    97.42         26.12
-svl          1      38.12  85.02    87.20         22.68
+family   method       shot   isic   eurosat  cropdiseases  chestx  mean
+clip     clip-lora    1      35.23  81.41    85.32         21.73   55.92
+clip     clip-lora    1      36.40  81.72    84.62         21.86   56.07
+clip     clip-lora    5      51.10  92.52    96.21         24.13   65.99
+clip     atha         1      38.86  82.56    87.99         24.00   58.35
+clip     tir          1      39.38  82.53    86.91         23.98   58.20
+clip     tir          5      56.73  93.49    97.42         26.12   68.44
+clip     tir-inhibit  5      -      -        -             -       67.66
+clip     tir-enhance  5      -      -        -             -       67.23
+clip     svl          1      38.12  85.02    87.20         22.68   58.26
+clip     svl-only     1      -      -        -             -       57.55
+clip     ra-only      1      -      -        -             -       57.17
+pe-core  clip-lora    1      40.89  84.49    91.75         22.02   59.78
+pe-core  clip-lora    5      -      -        -             -       68.64
+pe-core  svl          1      45.01  86.83    93.03         23.66   62.14
+pe-core  svl          5      -      -        -             -       70.29
 """
 
 
-def paper_figure(method: str, shot: int, dataset: str) -> str:
-    """What the papers report, " (81.41 / 81.72)" where two do, or ""."""
+def paper_figure(family: str, method: str, shot: int, column: str) -> str:
+    """What the papers report, ", paper 81.41 / 81.72" where two do, or ""."""
     head, *rows = (line.split() for line in PAPER.strip().splitlines())
-    told = [row[head.index(dataset)] for row in rows if row[:2] == [method, str(shot)] and dataset in head]
-    return f" (paper {' / '.join(told)})" * bool(told)
+    rows = [dict(zip(head, row)) for row in rows if row[:3] == [family, method, str(shot)]]
+    known = " / ".join(row[column] for row in rows if row.get(column, "-") != "-")
+    return f", paper {known}" if known else ""
 
 
-def in_short(accuracies, sign: str = "") -> str:
-    """Mean of accuracies in %, and of ten or more half the 95 % interval, 1.96 std / sqrt(n)."""
-    a = torch.tensor([*accuracies], dtype=torch.float64)
+def mean_text(values: Sequence[float], sign: str = "") -> str:
+    """Mean, and of ten values or more half the 95 % interval, 1.96 std / sqrt(n)."""
+    a = torch.tensor([*values], dtype=torch.float64)
     interval = f" ± {1.96 * a.std(correction=0).item() / len(a) ** 0.5:.2f}" if len(a) >= 10 else ""
     return f"{a.mean().item():{sign}.2f}{interval}"
 
 
-def table(cells: dict, shot: int, paper: bool) -> str:
-    """A row a method, a column a dataset; in brackets, minus clip-lora on the same episodes, and the papers'.
+def table(cells: dict, shot: int, family: str) -> str:
+    """A row a method, a column a dataset; in brackets, minus the first method on the same episodes.
 
-    cells: of each (method, shot, dataset) the accuracy of every episode by its number.
+    cells: {(method, shot, dataset): accuracy of every episode by its number}. The first method is clip-lora,
+    where it is there. family: of the backbone, whose figures in the papers stand beside; "": none do.
     """
-    methods, datasets = (dict.fromkeys(key[i] for key in cells) for i in (0, 2))
-    lines = [f"| {shot}-shot | {' | '.join(datasets)} |", "|---" * (len(datasets) + 1) + "|"]
+    methods, datasets = ([*dict.fromkeys(key[i] for key in cells)] for i in (0, 2))
+    first = "clip-lora" if "clip-lora" in methods else methods[0]
+    lines = [f"in brackets: minus {first}, paired by episode", "",
+             f"| {shot}-shot | {' | '.join(datasets)} |", "|---" * (len(datasets) + 1) + "|"]
     for method in methods:
         row = []
         for dataset in datasets:
-            found, base = cells[method, shot, dataset], cells.get(("clip-lora", shot, dataset))
-            text = in_short(found.values())
-            if base and method != "clip-lora":
-                text += f" (paired {in_short([found[n] - base[n] for n in found], '+')})"
-            row.append(text + paper_figure(method, shot, dataset) * paper)
+            of_method, of_first = (cells[name, shot, dataset] for name in (method, first))
+            paired = mean_text([of_method[n] - of_first[n] for n in of_method], "+")
+            notes = (f"{paired}" if method != first else "") + paper_figure(family, method, shot, dataset)
+            row.append(mean_text(of_method.values()) + (f" ({notes.removeprefix(', ')})" if notes else ""))
         lines.append(f"| {method} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------- own pictures
 
-MINI, STEPS = 16, 400     # --fit sees 16 pictures in every step, each of many pictures four times or more
+AT_ONCE, MINI = 64, 16    # --fit sees up to 64 pictures in every step; of more, 16, in four times the steps
+FEW = 30                  # tested pictures, fewer of which tell little
 
 
-def fit(args: argparse.Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
-    """Fine-tune once on a folder of class folders, test on --holdout pictures a class, keep the result."""
-    pool, method = data.load(os.path.join(args.fit, "")), args.method[0]
+def fit(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
+    """Fine-tune once on a folder of class folders, test on --holdout pictures a class, keep the result.
+
+    Returns 1 if pictures were left out as they cannot be read.
+    """
+    broken, method = [], args.method[0]
+    pool = data.load(os.path.join(args.fit, ""), size=clip.config.image, broken=broken)
     if len(pool.classes) < 2:
         raise UsageError(f"{args.fit} has one class: there is nothing to tell apart")
     task = pool.holdout(args.holdout, args.seed)
-    steps = max(STEPS, 4 * len(task.support) // MINI)
-    recipe = flagged(args, replace(recipe_for(args.recipe, method), minibatch=MINI, steps=steps))
+    shown, tested = len(task.support), len(task.query)
+    recipe = recipe_for(args.recipe, method, shot=min(5, shown // len(pool.classes)),
+                        **args.values)
+    if shown > AT_ONCE and not recipe.minibatch:
+        recipe = replace(recipe, minibatch=MINI, steps=4 * max(recipe.steps, shown // MINI))
     job = Job(clip, pool, class_rows(tokenizer, recipe.prompt, pool.classes, clip), method, recipe)
-    told = Progress(f"fitting {method} on {len(task.support)} pictures", recipe.steps)
-    learner = job.learn([task], [("fit", args.seed)], told)
-    if args.holdout:
-        frozen = Learner(clip, learner.token_ids, "zero-shot", recipe)
-        right = [100.0 * (job.logits(one, [task])[0].argmax(-1) == task.truth) for one in (frozen, learner)]
-        print(f"{len(task.truth)} pictures held out: zero-shot {in_short(right[0])} %, {method} "
-              f"{in_short(right[1])} %, paired {in_short(right[1] - right[0], '+')}")
-    notes = {"classes": pool.classes, "method": method, "recipe": asdict(recipe), "weights": clip.fingerprint,
-             "code": data.digest(own_code(method))}
+    progress = Progress(f"fitting {method} on {shown} pictures", recipe.steps)
+    learner = job.learn([task], [("fit", args.seed)], progress)
+    if tested:
+        both = Learner(clip, learner.token_ids, "zero-shot", recipe), learner
+        before, after = (100.0 * (job.logits(one, [task])[0].argmax(-1) == task.truth) for one in both)
+        print(f"tested on {tested} pictures{', which tell little' if tested < FEW else ''}: zero-shot "
+              f"{mean_text(before)} %, {method} {mean_text(after)} %, paired difference "
+              f"{mean_text(after - before, '+')}")
+    notes = {"classes": pool.classes, "method": method, "recipe": asdict(recipe), "place": args.weights,
+             "settings": data.digest(settings_of(clip, method, recipe)), "size": pool.images.shape[-1]}
     clip_min.save(learner.learned(), Path(args.save), {"notes": json.dumps(notes)})
     print(f"saved {args.save}")
-    return 0
+    return int(bool(broken))
 
 
-def load_tuned(path: str, clip: CLIP, tokenizer: Tokenizer, allowed: Sequence[str] = ()) -> Learner:
-    """What --fit kept, on the weights that it was made with: a Learner with .classes. Raises UsageError.
+def load_tuned(path: str, args: Namespace) -> tuple[Learner, Tokenizer]:
+    """What --save kept, on the weights that it was made with: a Learner with .classes and .size, of pictures.
 
-    allowed: the user's own methods whose code may run; no code is run because a file says so.
+    No code is run because a file says so: a method of the user's own must be named by --method. Raises
+    UsageError.
     """
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
             notes = json.loads(file.metadata()["notes"])
-        classes, method, weights = (notes[key] for key in ("classes", "method", "weights"))
-        recipe = recipe_of(Recipe(), notes["recipe"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, LookupError, TypeError, ValueError) as e:
         raise UsageError(f"{path} is not a file that --save wrote ({e})") from e
-    if weights != clip.fingerprint:
-        raise UsageError(f"{path} was fitted on other weights: give the right --weights")
-    for name in f"{method}+{recipe.tune}".split("+"):
-        if ":" in name and name not in allowed:
+    clip, tokenizer = load_clip(args, notes["place"])
+    method, recipe = notes["method"], change(Recipe(), notes["recipe"])
+    for name in names_in(f"{recipe.tune}+{method}"):
+        if ":" in name and name not in names_in("+".join(args.method)):
             raise UsageError(f"{path} runs code of yours: allow it by --method {name}")
-    if notes["code"] != data.digest(own_code(method)):
-        raise UsageError(f"{path} was fitted with other code of {method} than is there now")
-    token_ids = class_rows(tokenizer, recipe.prompt, classes, clip)[None]
+    if notes["settings"] != data.digest(settings_of(clip, method, recipe)):
+        raise UsageError(f"{path} was fitted on {notes['place'] or 'ViT-B/16'}: these are other --weights, "
+                         f"or the code of {method} has changed")
+    token_ids = class_rows(tokenizer, recipe.prompt, notes["classes"], clip)[None]
     learner = Learner(clip, token_ids, method, recipe)
-    if tensors.keys() != learner.learned().keys():
-        raise UsageError(f"{path} does not hold what {method} learns")
     learner.load_state_dict(tensors, strict=False)
-    learner.classes = classes
-    return learner.eval()
+    learner.classes, learner.size = notes["classes"], notes["size"]
+    return learner.eval(), tokenizer
 
 
-def predict(args: argparse.Namespace, learner: Learner) -> int:
-    """A line a picture: path, class, probability, runner-up; returns 1 when something can't be read."""
-    paths, known, right, skipped = [], 0, 0, 0
-    for given in map(Path, args.predict[1:]):
-        inside = [p for p in sorted(given.rglob("*")) if is_image_file(p.name) and p.name[0] != "."]
-        paths += inside if given.is_dir() else [given]
-    for start in range(0, len(paths), 64):
-        with ThreadPoolExecutor() as threads:
-            found = [*zip(paths[start: start + 64], threads.map(data.attempt, paths[start: start + 64]))]
-        for error in [image for _, image in found if isinstance(image, DataError)]:
-            print(f"skipped: {error}", file=sys.stderr)
-            skipped += 1
-        found = [(path, image) for path, image in found if isinstance(image, Tensor)]
-        if not found:
+def predict(args: Namespace, learner: Learner) -> int:
+    """A line a picture: path, class, probability, runner-up, its probability; 1 if one cannot be read."""
+    known, right, unreadable = 0, 0, 0
+    paths = [path for place in map(Path, args.predict[1:])
+             for path in (data.pictures_in(place) if place.is_dir() else [place])]
+    if not paths:
+        raise UsageError("no pictures: name pictures or folders of them after the saved file")
+    for path in paths:
+        try:
+            images = learner.prepare(data.decode(path, learner.size))[None, None]    # (1, 1, 3, S, S)
+        except DataError as e:
+            print(f"skipped: {e}", file=sys.stderr)
+            unreadable += 1
             continue
-        images = torch.stack([image for _, image in found])[None]
-        for (path, _), chances in zip(found, learner.logits(learner.prepare(images))[0].softmax(-1)):
-            best = chances.argsort(descending=True)
-            name, second = (learner.classes[i] for i in best[:2])
-            print(path, name, f"{chances.max():.6f}", second, sep="\t")
-            known += path.parent.name in learner.classes
-            right += path.parent.name == name
+        (p, q), best = (x.tolist() for x in learner.logits(images)[0, 0].softmax(-1).topk(2))
+        name, second = (learner.classes[i] for i in best)
+        print(path, name, f"{p:.6f}", second, f"{q:.6f}", sep="\t")
+        folder = data.nfc(path.parent.name)
+        known += folder in learner.classes
+        right += folder == name
     if known:
-        print(f"accuracy {100 * right / known:.2f} % of {known} pictures in folders named like classes")
-    return int(skipped > 0)
+        print(f"accuracy {100 * right / known:.2f} % of {known} pictures", file=sys.stderr)
+    return int(unreadable > 0)
 
 
-def export(args: argparse.Namespace, learner: Learner, tokenizer: Tokenizer) -> int:
+def export(args: Namespace, learner: Learner, tokenizer: Tokenizer) -> int:
     """Write a folder that transformers loads: the model with LoRA merged, and the class texts."""
-    target, r, c, clip = Path(args.export[1]), learner.recipe, learner.clip.config, learner.clip
+    folder, c, clip = Path(args.export[1]), learner.clip.config, learner.clip
     text, hook_text = learner.text()                                    # text: (1, N, embed), of unit length
     if c.family == "pe-core" or any(part.vision_hook(hook_text) or type(part).enclose is not Part.enclose
                                     for part in learner.parts):
         raise UsageError("only CLIP and SigLIP are exported, and no method that acts between the blocks of a "
                          "tower, as no weights can: use --predict, or fit with clip-lora, svl or coop")
-    if target.exists():
-        raise UsageError(f"{target} is there already: name a folder that is to be made")
-    for path, adapter in [*clip.named_modules()]:
-        if isinstance(adapter, LoRA):                                   # (out, in)
-            product = adapter.scaling * adapter.B[0] @ adapter.A[0]
-            weight = adapter.linear.weight + product.to(adapter.linear.weight.dtype)    # not in place: shared
-            adapter.linear.weight = nn.Parameter(weight, requires_grad=False)
-            clip.set_submodule(path, adapter.linear)
-    clip.logit_scale.data = torch.tensor(r.scale).log()
+    for path, module in [*clip.named_modules()]:
+        if isinstance(module, LoRA):
+            clip.set_submodule(path, module.merged())
+    clip.logit_scale.data = torch.tensor(learner.recipe.scale).log()
     tensors, config = clip_min.hugging_face(clip)
-    whole = round(c.image * 257 / 224) if r.augment == "none" else c.image           # as `prepare` has it
+    whole = round(c.image * 257 / 224) if learner.recipe.augment == "none" else c.image  # as `prepare` has it
     pixels = {"image_processor_type": "CLIPImageProcessor", "size": {"height": whole, "width": whole},
               "crop_size": {"height": c.image, "width": c.image}, "resample": 2, "image_mean": c.mean,
               "image_std": c.std}
-    clip_min.save(tensors, target / "model.safetensors", {"format": "pt"})
-    clip_min.save({"embeddings": text[0].detach().contiguous()}, target / "classes.safetensors", {})
-    notes = {"config": config, "preprocessor_config": pixels,
-             "classes": {"classes": learner.classes, "scale": r.scale}}
-    if c.family == "clip":
-        notes["vocab"] = tokenizer.id
-        (target / "merges.txt").write_text(f"#version: 0.2\n{tokenizer.metadata['merges']}\n")
-    for name, content in notes.items():
-        (target / f"{name}.json").write_text(json.dumps(content))
-    print(f"wrote {target}")
+    files = {"config.json": json.dumps(config), "preprocessor_config.json": json.dumps(pixels)}
+    folder.mkdir(parents=True)                                           # an error if it is there
+    for name, content in (files | clip_min.tokenizer_files(tokenizer)).items():
+        (folder / name).write_text(content, "utf-8")
+    classes = {"classes": json.dumps(learner.classes), "scale": str(learner.recipe.scale)}
+    clip_min.save({"embeddings": text[0].detach().contiguous()}, folder / "classes.safetensors", classes)
+    clip_min.save(tensors, folder / "model.safetensors", {"format": "pt"})                # last: then all is
+    print(f"wrote {folder}")
     return 0
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
-def flagged(args: argparse.Namespace, recipe: Recipe) -> Recipe:
-    """The recipe with what was given on the command line."""
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    return recipe_of(recipe, {name: x for name, x in given.items() if x is not None})
+ALL = {"all": ["zero-shot", "clip-lora", "atha", "tir", "svl"]}
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with what follows from it filled in."""
-    parser = argparse.ArgumentParser(
-        prog="train.py", usage="train.py --dataset NAME | --fit FOLDER | --predict FILE PICTURES | --export "
-        "FILE FOLDER, and flags: --help", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    use = parser.add_mutually_exclusive_group(required=True)
-    use.add_argument("--dataset", nargs="+", default=[], help=f"{', '.join(data.DATASETS)}, toy, all (the "
-                     "papers' four), all-fsl (the eleven few-shot sets), or a folder of class folders")
-    use.add_argument("--fit", metavar="FOLDER", help="fine-tune once on a folder of class folders")
-    use.add_argument("--predict", nargs="+", metavar="FILE", help="a saved file, then pictures or folders")
-    use.add_argument("--export", nargs=2, metavar="FILE", help="a saved file, then the folder to make")
-    add = parser.add_argument
-    add("--method", nargs="+", help=f"{', '.join(METHODS)}; FILE.py:NAME, your own; some joined with +; or "
-        "all (default zero-shot atha, with --fit clip-lora)")
-    add("--recipe", choices=RECIPES, help="default paper, with --split clip-lora-fsl")
-    add("--shot", nargs="+", type=int, default=[1], help="labelled pictures a class (default 1)")
-    add("--split", action="store_true", help="all classes at once and the whole test split, by seeds")
-    add("--episodes", type=int, help="default 800 at 1 shot, 400 otherwise, 100 on toy, 3 with --split")
-    add("--way", type=int, default=5, help="classes an episode (default 5)")
-    add("--query", type=int, default=15, help="query pictures a class (default 15)")
-    add("--seed", type=int, default=1, help="draws the tasks and all chance in them (default 1)")
-    add("--batch", type=int, help="episodes at once")
-    add("--data", default="datasets", help="where the datasets are (default datasets)")
-    add("--out", default="results", help="results, from which a rerun goes on (default results)")
-    add("--weights", help="file, folder or hf-hub:org/name (default ViT-B/16, downloaded; toy has its own)")
-    add("--device", default=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu")
-    add("--precision", choices=["float32", "bfloat16"], help="of the frozen weights and the arithmetic "
-        "(default bfloat16 on CUDA, else float32)")
-    add("--save", default="tuned.safetensors", help="where --fit keeps what it learns (tuned.safetensors)")
-    add("--holdout", type=int, default=0, help="pictures a class that --fit is tested on, not fitted to")
-    numbers = parser.add_argument_group("the recipe, by default the papers'")
-    for f in fields(Recipe):
-        how = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else \
-            {"type": int, "nargs": "+"} if isinstance(f.default, tuple) else \
-            {"type": type(f.default), "choices": CHOICES.get(f.name)}
-        numbers.add_argument(f"--{f.name.replace('_', '-')}", help=f"default {f.default}", **how)
-    args = parser.parse_args(argv)
-    sets = {"all": data.PAPERS, "all-fsl": data.FSL}
-    args.dataset = [name for given in args.dataset for name in sets.get(given, [given])]
-    usual = ["zero-shot", "atha"] if args.dataset else ["clip-lora"]
-    args.method = args.method or usual
-    args.method = "zero-shot clip-lora atha tir svl".split() if args.method == ["all"] else args.method
+@dataclass
+class Options:
+    """What to run, each a flag, beside the recipe's."""
+    dataset: tuple[str, ...] = ()      # names, a folder of class folders, all (the papers' four), all-fsl
+    fit: str = ""                      # a folder of class folders: fine-tune once on your own pictures
+    predict: tuple[str, ...] = ()      # a saved file, then pictures or folders of them
+    export: tuple[str, ...] = ()       # a saved file, then the folder to make
+    method: tuple[str, ...] = ()       # names, some joined with +, METHOD@FIELD=VALUE, FILE.py:NAME, or all
+    recipe: str = ""                   # paper, with --split clip-lora-fsl; released: the method's own trainer
+    shot: tuple[int, ...] = (1,)       # labelled pictures a class
+    split: bool = False                # all classes at once and the whole test split, seed by seed
+    episodes: int = 0                  # 800 at 1 shot, 400 otherwise, 100 on toy, 3 seeds with --split
+    way: int = 5                       # classes an episode
+    query: int = 15                    # query pictures a class
+    seed: int = 1                      # draws the tasks and all chance in them
+    batch: int = 0                     # episodes at once; 0: by the backbone's size
+    data: str = "datasets"             # where the datasets are
+    out: str = "results"               # results, from which a rerun goes on
+    weights: str = ""                  # file, folder or hf-hub:org/name; ViT-B/16, fetched; toy has its own
+    device: str = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if CUDA else "cpu"
+    precision: str = "bfloat16" if CUDA else "float32"     # of the frozen weights and the arithmetic
+    save: str = "tuned.safetensors"    # where --fit keeps what it learns
+    holdout: int = 0                   # pictures a class that --fit is tested on, not fitted to
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}; --help lists all, --dataset toy needs no download")
+
+    def add_fields(self, title: str, kind: type) -> None:
+        """A flag for every field of a dataclass, of which the comment beside it is the help."""
+        comments = dict(re.findall(r"(\w+): .*?  # (.*)", inspect.getsource(kind)))
+        group = self.add_argument_group(title)
+        for f in fields(kind):
+            how = {"type": next((x for x in (int, str) if x.__name__ in f.type), float),
+                   "choices": CHOICES.get(f.name), "nargs": "+" if "tuple" in f.type else None}
+            how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else how
+            text = f"{comments.get(f.name, '')} (default {f.default})"
+            group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
+
+
+def parse(argv: list[str] | None = None) -> Namespace:
+    """The command line, and what follows from it; .values: the fields of the recipe that it gives."""
+    parser = Parser("train.py", "train.py --dataset | --fit | --predict | --export ..., and flags", __doc__,
+                    f"methods: {', '.join(METHODS)}\ndatasets: toy, {', '.join(data.DATASETS)}",
+                    allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_fields("what to run", Options)
+    parser.add_fields("the recipe", Recipe)
+    given = vars(parser.parse_args(argv))
+    args = Namespace(**vars(Options()) | given)
+    args.values = {f.name: given[f.name] for f in fields(Recipe) if f.name in given}
+    uses = args.dataset, args.fit, args.predict, args.export
+    if sum(map(bool, uses)) != 1 or len(args.export) not in (0, 2):
+        parser.error("give one of --dataset NAMES, --fit FOLDER, --predict FILE PICTURES, --export FILE OUT")
+    args.dataset = [name for word in args.dataset for name in data.GROUPS.get(word, [word])]
+    usual = "zero-shot atha" if args.dataset else "clip-lora" if args.fit else ""
+    args.method = [name for word in args.method or usual.split() for name in ALL.get(word, [word])]
     args.recipe = args.recipe or ("clip-lora-fsl" if args.split else "paper")
-    args.precision = args.precision or ("bfloat16" if CUDA and not args.export else "float32")
     if args.dataset == ["toy"] and not args.weights:
-        args.weights = data.TOY / "toy_clip.safetensors"
+        args.weights = str(data.TOY / "toy_clip.safetensors")
     return args
 
 
-def run(args: argparse.Namespace) -> int:
-    """What was asked for; returns the exit code."""
-    if WORLD > 1:
-        distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    torch.set_flush_denormal(True)         # gradients below 1e-38 are 0: CPUs compute with them far slower
-    clip, tokenizer = clip_min.load(args.weights, args.device, getattr(torch, args.precision))
-    if args.fit:
-        return fit(args, clip, tokenizer)
-    if saved := args.predict or args.export:
-        learner = load_tuned(saved[0], clip, tokenizer, args.method)
-        return predict(args, learner) if args.predict else export(args, learner, tokenizer)
-    cells, c = {}, clip.config
-    paper = (c.family, c.vision_layers, c.vision_width, c.patch) == ("clip", 12, 768, 16) and not args.split
-    for dataset in args.dataset:
-        pool = data.load(dataset, args.data)
-        for shot, method in product(args.shot, args.method):
-            recipe = recipe_for(args.recipe, method, shot, dataset)
-            if args.split:
-                recipe = replace(recipe, prompt=pool.prompt or recipe.prompt)
-            recipe = flagged(args, recipe)
-            paper = paper and (recipe, args.way, args.query) == (Recipe(), 5, 15)
-            job = Job(clip, pool, class_rows(tokenizer, recipe.prompt, pool.classes, clip), method, recipe)
-            cells[method, shot, dataset] = run_job(args, job, dataset, shot)
-    if RANK == 0:
-        print("\n\n".join(table(cells, shot, paper) for shot in args.shot))
+def plan(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> dict[tuple[str, int, str], Job]:
+    """The job of every (method, shot, dataset) asked for, each tried as far as it can be without training."""
+    data.find(args.dataset, args.data, args.split)
+    jobs, size = {}, clip.config.image
+    pools = {name: data.load(name, args.data, size, args.split) for name in args.dataset}
+    for dataset, shot, method in product(args.dataset, args.shot, args.method):
+        pool, recipe = pools[dataset], recipe_for(args.recipe, method, shot, dataset, **args.values)
+        if recipe.prompt == "coop":
+            recipe = replace(recipe, prompt=pool.prompt or Recipe.prompt)
+        rows = class_rows(tokenizer, recipe.prompt, pool.classes, clip)
+        Learner(clip, rows[task_of(args, pool, shot, 0).classes][None], method, recipe)
+        jobs[method, shot, dataset] = Job(clip, pool, rows, method, recipe)
+    return jobs
+
+
+def compare(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
+    """Run every method on every dataset at every shot, and print the tables."""
+    c, jobs = clip.config, plan(args, clip, tokenizer)
+    files = {key: run_job(args, job, *key[1:]) for key, job in jobs.items()}
+    if RANK:
+        return 0
+    cells = {key: wait_for_all(*of_job) for key, of_job in files.items()}
+    if {*args.dataset} == {*data.GROUPS["all"]}:
+        for method, shot in product(args.method, args.shot):
+            of_sets = [cells[method, shot, dataset] for dataset in args.dataset]
+            cells[method, shot, "mean"] = {n: sum(of_set[n] for of_set in of_sets) / 4 for n in of_sets[0]}
+    untouched = args.recipe == "paper" and not args.values and (args.way, args.query) == (5, 15)
+    papers = (c.vision_layers, c.vision_width, c.patch) == (12, 768, 16) and untouched and not args.split
+    print("\n\n".join(table(cells, shot, c.family if papers else "") for shot in args.shot))
     return 0
+
+
+def load_clip(args: Namespace, place: str = "") -> tuple[CLIP, Tokenizer]:
+    """--weights, or those at a place."""
+    dtype = torch.float32 if args.export else getattr(torch, args.precision)
+    return clip_min.load(args.weights or place or None, args.device, dtype)
+
+
+def run(argv: list[str] | None) -> int:
+    """What was asked for; returns the exit code."""
+    args = parse(argv)
+    torch.set_flush_denormal(True)         # gradients below 1e-38 are 0: CPUs compute with them far slower
+    if args.predict:
+        return predict(args, load_tuned(args.predict[0], args)[0])
+    if args.export:
+        return export(args, *load_tuned(args.export[0], args))
+    return fit(args, *load_clip(args)) if args.fit else compare(args, *load_clip(args))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a request that cannot be met, said in one line."""
-    args = parse(argv)
     try:
-        return run(args)
-    except (UsageError, DataError, WeightsError, OSError) as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
+        return run(argv)
+    except (UsageError, DataError, WeightsError, OSError, torch.OutOfMemoryError) as e:
+        if isinstance(e, OSError) and load_own.cache_info().currsize:
+            raise                                             # from the user's own code: where, is wanted
+        print("train.py: error:", *str(e).split(), file=sys.stderr)
         return 2
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()                      # a process that ends last would abort
 
 
 if __name__ == "__main__":
