@@ -111,7 +111,7 @@ class Recipe:
 
 def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method: str = "atha",
           recipe: Recipe | str = "paper", batches: Batch | None = None,
-          seeds: Sequence[object] | None = None, lora_A: dict[str, Tensor] | None = None,
+          seeds: Sequence | None = None, lora_A: dict[str, Tensor] | None = None,
           picks: Tensor | None = None) -> Learner:
     """Fine-tune E episodes in one batch, each as it would go alone, but for dropout; clip stays as it was.
 
@@ -132,13 +132,13 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     learner = start(clip, token_ids, method, recipe, seeds, rows=batch(0)[1].shape[1])
     for name, first in (lora_A or {}).items():
         learner.clip.get_submodule(name).A.data.copy_(first)
-    for part in learner.parts if picks is not None else ():
-        if hasattr(part, "picks"):
+    for part in learner.parts:
+        if picks is not None and hasattr(part, "picks"):
             part.picks.copy_(picks.reshape(len(picks), -1, picks.shape[-1]))
     return train(learner, batch)
 
 
-def start(clip: CLIP, token_ids: Tensor, method: str, recipe: Recipe, seeds: Sequence[object] | None,
+def start(clip: CLIP, token_ids: Tensor, method: str, recipe: Recipe, seeds: Sequence | None,
           rows: int) -> Learner:
     """A learner before its first step, with what each episode draws by its seed. rows: B, pictures a step."""
     if seeds is not None:
@@ -189,12 +189,14 @@ def make_optimizers(learner: Learner) -> list[torch.optim.Optimizer]:
 
 def learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, number: int) -> float:
     """Of step `number`: AdamW's cosine to 1e-6; CoOp's and MaPLe's 1e-5, then cosine to 0; or constant."""
-    first, prompts = optimizer.defaults["lr"], isinstance(optimizer, torch.optim.SGD)
+    first, last, prompts = optimizer.defaults["lr"], 0.0, isinstance(optimizer, torch.optim.SGD)
     if prompts and recipe.prompt_schedule:
-        return first * (1 + cos(pi * (number - 1) / recipe.steps)) / 2 if number else 1e-5
-    if not prompts and recipe.cosine:
-        return 1e-6 + (first - 1e-6) * (1 + cos(pi * number / recipe.cosine / recipe.steps)) / 2
-    return first
+        done = (number - 1) / recipe.steps
+    elif not prompts and recipe.cosine:
+        last, done = 1e-6, number / recipe.cosine / recipe.steps
+    else:
+        return first
+    return 1e-5 if done < 0 else last + (first - last) * (1 + cos(pi * done)) / 2
 
 
 class Learner(nn.Module):
@@ -276,21 +278,20 @@ class Learner(nn.Module):
 # ---------------------------------------------------------------------------------------- methods and recipes
 
 METHODS = ["zero-shot", *dict.fromkeys(name for part in PARTS for name in part.names)]
-RELEASED_ATHA = Recipe(
-    tune="clip-lora+coop", lora="both", prompt_schedule=False, scale=2.0, augment="none", text_block=10,
-    text_to_tokens="released", rho=0.3, gamma=0.2, alpha_block=6, beta=0.0, copy_cls=True, sgd=True)
 RECIPES = {    # at 1 shot; recipe_for knows what depends on the shot
     "paper": Recipe(),
-    "released-atha": RELEASED_ATHA,
-    "released-svl": replace(RELEASED_ATHA, tune="clip-lora", lora="vision", scale=100.0, augment="views",
-                            steps=250, cosine=8.0),
+    "released-atha": Recipe(
+        tune="clip-lora+coop", lora="both", prompt_schedule=False, scale=2.0, augment="none", text_block=10,
+        text_to_tokens="released", rho=0.3, gamma=0.2, alpha_block=6, beta=0.0, copy_cls=True, sgd=True),
     "clip-lora-fsl": Recipe(lora="both", rank=2, lora_alpha=1.0, steps=500, minibatch=32, cosine=1.0,
                             bicubic=True),
 }
-CHOICES = {"recipe": [*RECIPES, "released"], "precision": ["float32", "bfloat16"],
-           "augment": ["none", "crop", "views"], "lora": ["vision", "text", "both"],
-           "text_to_tokens": ["paper", "released"], "tir_rule": ["linear", "simple"],
-           "ra": ["released", "softmax"]}
+RECIPES["released-svl"] = replace(RECIPES["released-atha"], tune="clip-lora", lora="vision", scale=100.0,
+                                  augment="views", steps=250, cosine=8.0)
+CHOICES = {name: words.split() for name, words in {
+    "recipe": f"{' '.join(RECIPES)} released", "precision": "float32 bfloat16", "augment": "none crop views",
+    "lora": "vision text both", "text_to_tokens": "paper released", "tir_rule": "linear simple",
+    "ra": "released softmax"}.items()}
 ALWAYS, TRAINING = "prompt scale augment", "tune steps minibatch weight_decay cosine crop_area bicubic"
 
 
@@ -298,10 +299,11 @@ ALWAYS, TRAINING = "prompt scale augment", "tune steps minibatch weight_decay co
 def load_own(place: str) -> type[Part]:
     """The class of a user's own method, "FILE.py:NAME". Raises UsageError."""
     file, _, name = place.rpartition(":")
-    sys.path.append(os.path.dirname(os.path.abspath(file)))              # for what it imports from beside it
+    sys.path.append(str(Path(file).resolve().parent))                    # for what it imports from beside it
     part = runpy.run_path(file).get(name)
-    if not (isinstance(part, type) and issubclass(part, Part)):
-        raise UsageError(f"{file} has no class {name} that is an atha.Part")
+    if part is None:
+        raise UsageError(f"{file} has no class {name}")
+    part.code = Path(file).read_text()
     return part
 
 
@@ -321,8 +323,7 @@ def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]
         if not parts:
             raise UsageError(f"unknown method {name!r}: choose from {', '.join(METHODS)}, FILE.py:NAME, "
                              "or join some with +")
-        for part in parts:
-            on[part] = on.get(part, set()) | part.names.get(name, set())
+        on |= {part: on.get(part, set()) | part.names.get(name, set()) for part in parts}
     if on and tune and not any(part.tunes and "clip-lora" not in part.names for part in on):
         on = parts_of(tune, tune="") | on
     return {part: on[part] for part in [*PARTS, *on] if part in on}
@@ -334,14 +335,15 @@ def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "", **value
     `released` is the trainer that the method came with. values: fields to change; METHOD@FIELD=VALUE changes
     more. Raises UsageError.
     """
-    kinds = {part.__name__ for part in parts_of(method)}
+    on = parts_of(method)
+    kinds = {part.__name__ for part in on}
     if name == "released":
         from_svl = kinds & {"SVL", "RA", "LV"} and not kinds & {"ATHA", "TIR"}
         name = "released-svl" if from_svl else "released-atha"
     recipe = RECIPES[name]
     if name == "released-atha" and shot > 1:
         recipe = replace(recipe, scale=4.0)
-    elif name == "released-svl" and all(part.tunes for part in parts_of(method)):     # its own baseline
+    elif name == "released-svl" and all(part.tunes for part in on):     # its own baseline
         recipe = replace(recipe, minibatch=25)
     elif name == "released-svl":
         recipe = replace(recipe, steps=recipe.steps * shot // (2 if dataset == "chestx" else 1))
@@ -357,13 +359,10 @@ def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "", **value
 
 def change(recipe: Recipe, values: dict[str, object]) -> Recipe:
     """The recipe with other values; a list, as JSON and flags have it, is a tuple. Raises UsageError."""
-    if unknown := values.keys() - vars(recipe).keys():
-        raise UsageError(f"a recipe has no {min(unknown)}: --help lists what it has")
-    recipe = replace(recipe, **{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
-    for name, value in vars(recipe).items():
-        if value not in CHOICES.get(name, [value]):
-            raise UsageError(f"{name} {value!r} is none of {', '.join(CHOICES[name])}")
-    return recipe
+    for name, value in values.items():
+        if not hasattr(recipe, name) or value not in CHOICES.get(name, [value]):
+            raise UsageError(f"no recipe has {name} {value}: --help lists what there is")
+    return replace(recipe, **{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
 
 def settings_of(clip: CLIP, method: str, recipe: Recipe) -> dict:
@@ -375,10 +374,8 @@ def settings_of(clip: CLIP, method: str, recipe: Recipe) -> dict:
     read = f"{ALWAYS} {TRAINING if on else ''}".split()
     for part in on:
         read += every if part.reads is None else part.reads.split()
-    files = [name.rpartition(":")[0] for name in names_in(f"{recipe.tune}+{method}")]
     return {"method": method, "recipe": {name: value for name, value in every.items() if name in read},
-            "code": data.digest([Path(file).read_text() for file in files if file]),
-            "weights": clip.fingerprint}
+            "code": data.digest([getattr(part, "code", "") for part in on]), "weights": clip.fingerprint}
 
 
 # -------------------------------------------------------------------------------------- a method on a dataset
@@ -444,7 +441,7 @@ def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, r
     episodes, accuracies = range(args.episodes or usual), read_results(file)
     begin_file(own, settings)
     todo, done = [n for n in episodes if n % WORLD == RANK and n not in accuracies], 0
-    pictures = job.recipe.minibatch or len(task_of(args, job.pool, shot, 0).support)
+    pictures = job.recipe.minibatch or shot * args.way
     size = pictures * c.vision_layers * c.vision_width * (c.image // c.patch) ** 2
     batch = args.batch or (128 if CUDA else min(16, max(1, 10 ** 7 // size)))      # ViT-B/16 on a CPU: one
     progress = Progress(name, len(todo))
@@ -458,8 +455,8 @@ def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, r
         tasks = [task_of(args, job.pool, shot, n) for n in numbers]
         try:
             logits = job.logits(job.learn(tasks, [(args.seed, n) for n in numbers], report), tasks)
-        except RuntimeError as e:
-            if "memory" not in str(e) or batch == 1:
+        except torch.OutOfMemoryError:
+            if batch == 1:
                 raise
             batch = (len(numbers) + 1) // 2
             print(f"out of memory: {batch} at a time from here on", file=sys.stderr)
@@ -475,8 +472,8 @@ def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, r
 def begin_file(file: Path, settings: dict) -> None:
     """Make a file of results ready for the next line: half a line of a run that was killed is cut off."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = file.read_bytes() if file.exists() else b""
-    if whole := text.rfind(b"\n") + 1:
+    file.touch()
+    if whole := file.read_bytes().rfind(b"\n") + 1:
         os.truncate(file, whole)
     else:
         append(file, settings)
@@ -504,33 +501,31 @@ def wait_for_all(file: Path, episodes: range) -> dict[int, float]:
 
 # ----------------------------------------------------------------------------------------------------- tables
 
-# What the papers report of a ViT-B/16 of each family, in %; a row a paper
+# What the papers report of a ViT-B/16 of each family, in %; two papers have each a baseline of their own
 PAPER = """
-family   method       shot   isic   eurosat  cropdiseases  chestx  mean
-clip     clip-lora    1      35.23  81.41    85.32         21.73   55.92
-clip     clip-lora    1      36.40  81.72    84.62         21.86   56.07
-clip     clip-lora    5      51.10  92.52    96.21         24.13   65.99
-clip     atha         1      38.86  82.56    87.99         24.00   58.35
-clip     tir          1      39.38  82.53    86.91         23.98   58.20
-clip     tir          5      56.73  93.49    97.42         26.12   68.44
-clip     tir-inhibit  5      -      -        -             -       67.66
-clip     tir-enhance  5      -      -        -             -       67.23
-clip     svl          1      38.12  85.02    87.20         22.68   58.26
-clip     svl-only     1      -      -        -             -       57.55
-clip     ra-only      1      -      -        -             -       57.17
-pe-core  clip-lora    1      40.89  84.49    91.75         22.02   59.78
-pe-core  clip-lora    5      -      -        -             -       68.64
-pe-core  svl          1      45.01  86.83    93.03         23.66   62.14
-pe-core  svl          5      -      -        -             -       70.29
+family   method       shot  isic         eurosat      cropdiseases  chestx       mean
+clip     clip-lora    1     35.23/36.40  81.41/81.72  85.32/84.62   21.73/21.86  55.92/56.07
+clip     clip-lora    5     51.10        92.52        96.21         24.13        65.99
+clip     atha         1     38.86        82.56        87.99         24.00        58.35
+clip     tir          1     39.38        82.53        86.91         23.98        58.20
+clip     tir          5     56.73        93.49        97.42         26.12        68.44
+clip     tir-inhibit  5     -            -            -             -            67.66
+clip     tir-enhance  5     -            -            -             -            67.23
+clip     svl          1     38.12        85.02        87.20         22.68        58.26
+clip     svl-only     1     -            -            -             -            57.55
+clip     ra-only      1     -            -            -             -            57.17
+pe-core  clip-lora    1     40.89        84.49        91.75         22.02        59.78
+pe-core  clip-lora    5     -            -            -             -            68.64
+pe-core  svl          1     45.01        86.83        93.03         23.66        62.14
+pe-core  svl          5     -            -            -             -            70.29
 """
 
 
-def paper_figure(family: str, method: str, shot: int, column: str) -> str:
-    """What the papers report, ", paper 81.41 / 81.72" where two do, or ""."""
+def paper_figure(column: str, *row: object) -> str:
+    """What the papers report of a (family, method, shot) on a dataset, or the mean; "" if nothing."""
     head, *rows = (line.split() for line in PAPER.strip().splitlines())
-    rows = [dict(zip(head, row)) for row in rows if row[:3] == [family, method, str(shot)]]
-    known = " / ".join(row[column] for row in rows if row.get(column, "-") != "-")
-    return f", paper {known}" if known else ""
+    figures = {tuple(cells[:3]): dict(zip(head, cells)) for cells in rows}.get((*map(str, row),), {})
+    return "paper " + figures[column] if figures.get(column, "-") != "-" else ""
 
 
 def mean_text(values: Sequence[float], sign: str = "") -> str:
@@ -555,8 +550,9 @@ def table(cells: dict, shot: int, family: str) -> str:
         for dataset in datasets:
             of_method, of_first = (cells[name, shot, dataset] for name in (method, first))
             paired = mean_text([of_method[n] - of_first[n] for n in of_method], "+")
-            notes = (f"{paired}" if method != first else "") + paper_figure(family, method, shot, dataset)
-            row.append(mean_text(of_method.values()) + (f" ({notes.removeprefix(', ')})" if notes else ""))
+            notes = [paired if method != first else "", paper_figure(dataset, family, method, shot)]
+            notes = ", ".join(filter(None, notes))
+            row.append(f"{mean_text(of_method.values())} ({notes})".replace(" ()", ""))
         lines.append(f"| {method} | {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -573,18 +569,16 @@ def fit(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
     Returns 1 if pictures were left out as they cannot be read.
     """
     broken, method = [], args.method[0]
-    pool = data.load(os.path.join(args.fit, ""), size=clip.config.image, broken=broken)
+    pool = data.load(f"{args.fit}/", size=clip.config.image, broken=broken)
     if len(pool.classes) < 2:
         raise UsageError(f"{args.fit} has one class: there is nothing to tell apart")
     task = pool.holdout(args.holdout, args.seed)
-    shown, tested = len(task.support), len(task.query)
-    recipe = recipe_for(args.recipe, method, shot=min(5, shown // len(pool.classes)),
-                        **args.values)
-    if shown > AT_ONCE and not recipe.minibatch:
-        recipe = replace(recipe, minibatch=MINI, steps=4 * max(recipe.steps, shown // MINI))
+    shown, tested = len(task.support), len(task.truth)
+    values = {"minibatch": MINI, "steps": 4 * max(Recipe.steps, shown // MINI)} if shown > AT_ONCE else {}
+    recipe = recipe_for(args.recipe, method, min(5, shown // len(pool.classes)), **values | args.values)
     job = Job(clip, pool, class_rows(tokenizer, recipe.prompt, pool.classes, clip), method, recipe)
-    progress = Progress(f"fitting {method} on {shown} pictures", recipe.steps)
-    learner = job.learn([task], [("fit", args.seed)], progress)
+    name = f"fitting {method} on {shown} pictures"
+    learner = job.learn([task], [("fit", args.seed)], Progress(name, recipe.steps))
     if tested:
         both = Learner(clip, learner.token_ids, "zero-shot", recipe), learner
         before, after = (100.0 * (job.logits(one, [task])[0].argmax(-1) == task.truth) for one in both)
@@ -595,7 +589,7 @@ def fit(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
              "settings": data.digest(settings_of(clip, method, recipe)), "size": pool.images.shape[-1]}
     clip_min.save(learner.learned(), Path(args.save), {"notes": json.dumps(notes)})
     print(f"saved {args.save}")
-    return int(bool(broken))
+    return len(broken[:1])
 
 
 def load_tuned(path: str, args: Namespace) -> tuple[Learner, Tokenizer]:
@@ -613,7 +607,7 @@ def load_tuned(path: str, args: Namespace) -> tuple[Learner, Tokenizer]:
     clip, tokenizer = load_clip(args, notes["place"])
     method, recipe = notes["method"], change(Recipe(), notes["recipe"])
     for name in names_in(f"{recipe.tune}+{method}"):
-        if ":" in name and name not in names_in("+".join(args.method)):
+        if ":" in name and name not in args.method:
             raise UsageError(f"{path} runs code of yours: allow it by --method {name}")
     if notes["settings"] != data.digest(settings_of(clip, method, recipe)):
         raise UsageError(f"{path} was fitted on {notes['place'] or 'ViT-B/16'}: these are other --weights, "
@@ -627,7 +621,7 @@ def load_tuned(path: str, args: Namespace) -> tuple[Learner, Tokenizer]:
 
 def predict(args: Namespace, learner: Learner) -> int:
     """A line a picture: path, class, probability, runner-up, its probability; 1 if one cannot be read."""
-    known, right, unreadable = 0, 0, 0
+    right, unreadable = [], 0
     paths = [path for place in map(Path, args.predict[1:])
              for path in (data.pictures_in(place) if place.is_dir() else [place])]
     if not paths:
@@ -642,11 +636,10 @@ def predict(args: Namespace, learner: Learner) -> int:
         (p, q), best = (x.tolist() for x in learner.logits(images)[0, 0].softmax(-1).topk(2))
         name, second = (learner.classes[i] for i in best)
         print(path, name, f"{p:.6f}", second, f"{q:.6f}", sep="\t")
-        folder = data.nfc(path.parent.name)
-        known += folder in learner.classes
-        right += folder == name
-    if known:
-        print(f"accuracy {100 * right / known:.2f} % of {known} pictures", file=sys.stderr)
+        if (folder := data.nfc(path.parent.name)) in learner.classes:
+            right.append(folder == name)
+    if right:
+        print(f"accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} pictures", file=sys.stderr)
     return int(unreadable > 0)
 
 
@@ -665,14 +658,13 @@ def export(args: Namespace, learner: Learner, tokenizer: Tokenizer) -> int:
     tensors, config = clip_min.hugging_face(clip)
     whole = round(c.image * 257 / 224) if learner.recipe.augment == "none" else c.image  # as `prepare` has it
     pixels = {"image_processor_type": "CLIPImageProcessor", "size": {"height": whole, "width": whole},
-              "crop_size": {"height": c.image, "width": c.image}, "resample": 2, "image_mean": c.mean,
-              "image_std": c.std}
+              "crop_size": c.image, "resample": 2, "image_mean": c.mean, "image_std": c.std}
     files = {"config.json": json.dumps(config), "preprocessor_config.json": json.dumps(pixels)}
     folder.mkdir(parents=True)                                           # an error if it is there
     for name, content in (files | clip_min.tokenizer_files(tokenizer)).items():
         (folder / name).write_text(content, "utf-8")
-    classes = {"classes": json.dumps(learner.classes), "scale": str(learner.recipe.scale)}
-    clip_min.save({"embeddings": text[0].detach().contiguous()}, folder / "classes.safetensors", classes)
+    embeddings = {"embeddings": text[0].detach().contiguous()}
+    clip_min.save(embeddings, folder / "classes.safetensors", {"classes": json.dumps(learner.classes)})
     clip_min.save(tensors, folder / "model.safetensors", {"format": "pt"})                # last: then all is
     print(f"wrote {folder}")
     return 0
@@ -680,7 +672,7 @@ def export(args: Namespace, learner: Learner, tokenizer: Tokenizer) -> int:
 
 # ----------------------------------------------------------------------------------------------- command line
 
-ALL = {"all": ["zero-shot", "clip-lora", "atha", "tir", "svl"]}
+ALL = {"all": "zero-shot clip-lora atha tir svl".split()}
 
 
 @dataclass
@@ -717,9 +709,9 @@ class Parser(argparse.ArgumentParser):
         comments = dict(re.findall(r"(\w+): .*?  # (.*)", inspect.getsource(kind)))
         group = self.add_argument_group(title)
         for f in fields(kind):
-            how = {"type": next((x for x in (int, str) if x.__name__ in f.type), float),
-                   "choices": CHOICES.get(f.name), "nargs": "+" if "tuple" in f.type else None}
-            how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else how
+            how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {
+                "type": next((x for x in (int, str) if x.__name__ in f.type), float),
+                "choices": CHOICES.get(f.name), "nargs": "+" if "tuple" in f.type else None}
             text = f"{comments.get(f.name, '')} (default {f.default})"
             group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
 
@@ -733,7 +725,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser.add_fields("the recipe", Recipe)
     given = vars(parser.parse_args(argv))
     args = Namespace(**vars(Options()) | given)
-    args.values = {f.name: given[f.name] for f in fields(Recipe) if f.name in given}
+    args.values = {name: value for name, value in given.items() if hasattr(Recipe, name)}
     uses = args.dataset, args.fit, args.predict, args.export
     if sum(map(bool, uses)) != 1 or len(args.export) not in (0, 2):
         parser.error("give one of --dataset NAMES, --fit FOLDER, --predict FILE PICTURES, --export FILE OUT")
@@ -746,7 +738,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def plan(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> dict[tuple[str, int, str], Job]:
+def plan(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> dict:
     """The job of every (method, shot, dataset) asked for, each tried as far as it can be without training."""
     data.find(args.dataset, args.data, args.split)
     jobs, size = {}, clip.config.image
@@ -756,7 +748,7 @@ def plan(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> dict[tuple[str, i
         if recipe.prompt == "coop":
             recipe = replace(recipe, prompt=pool.prompt or Recipe.prompt)
         rows = class_rows(tokenizer, recipe.prompt, pool.classes, clip)
-        Learner(clip, rows[task_of(args, pool, shot, 0).classes][None], method, recipe)
+        task_of(args, pool, shot, 0)
         jobs[method, shot, dataset] = Job(clip, pool, rows, method, recipe)
     return jobs
 

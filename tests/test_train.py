@@ -161,7 +161,7 @@ def test_a_method_of_ones_own(tmp_path, capsys):
     mine.write_text(OWN.replace("SHAPE", "backbone.config.vision_width").replace("BODY", "pass"))
     train.load_own.cache_clear()
     refused(capsys, [*argv, f"{mine}:Bias"], "bias", "episodes")
-    refused(capsys, [*argv, f"{mine}:Nothing"], "Nothing", "atha.Part")
+    refused(capsys, [*argv, f"{mine}:Nothing"], "Nothing")
     train.load_own.cache_clear()
     refused(capsys, [*argv, f"{tmp_path}/none.py:Bias"], "none.py")
     train.load_own.cache_clear()
@@ -261,7 +261,7 @@ def test_table_is_paired_with_the_first_method():
     assert lines[5] == "| clip-lora | 53.50 | 53.50 |"
     lines = train.table(cells, 1, "clip").splitlines()
     assert lines[4] == "| atha | 55.00 (+1.50, paper 38.86) | 55.00 (+1.50, paper 58.35) |"
-    assert lines[5] == "| clip-lora | 53.50 (paper 35.23 / 36.40) | 53.50 (paper 55.92 / 56.07) |"
+    assert lines[5] == "| clip-lora | 53.50 (paper 35.23/36.40) | 53.50 (paper 55.92/56.07) |"
     alone = {("tir@tir_top=0.1", 1, "toy"): {0: 1.0}, ("tir", 1, "toy"): {0: 3.0}}
     assert "| tir | 3.00 (+2.00) |" in train.table(alone, 1, "clip"), "two settings of one method"
 
@@ -269,8 +269,9 @@ def test_table_is_paired_with_the_first_method():
 def test_the_papers_mean_is_that_of_their_rows():
     head, *rows = (line.split() for line in train.PAPER.strip().splitlines())
     for row in rows:
-        if row[3] != "-":
-            assert sum(map(float, row[3:7])) / 4 == pytest.approx(float(row[7]), abs=0.1), row      # one is off by 0.08 in the paper
+        for *figures, mean in zip(*(cell.split("/") for cell in row[3:])):
+            if "-" not in figures:                                  # one is off by 0.08 in the paper
+                assert sum(map(float, figures)) / 4 == pytest.approx(float(mean), abs=0.1), row
 
 
 def test_the_papers_figures_stand_beside_their_setting_alone(tmp_path, capsys, monkeypatch):
