@@ -45,7 +45,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache").
 warnings.filterwarnings("ignore", module=r"PIL\.")           # advice about palettes is not for our user
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Pictures or labels that cannot be had or used; the message is one line for the user."""
 
 

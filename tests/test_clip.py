@@ -1,31 +1,72 @@
-"""CLIP, its tokenizer and its weights against OpenAI's own, recorded in tests/golden."""
+"""Towers, tokenizers and weights: golden vectors of other people's code, every format, every kind of fault, fetching."""
+import copy
+import gzip
+import hashlib
+import http.server
 import json
+import pickle
 import random
-import runpy
-import sys
+import shutil
+import threading
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import HERE, TOY_CLIP, from_environment, same
+from conftest import HERE, TOY_CLIP, command, from_environment, same
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torchvision.utils import save_image
 
 import clip_min
-from atha import add_lora
-from clip_min import CLIP, CLIPConfig, Tokenizer, convert, load
+import train
+from clip_min import CLIP, CLIPConfig, Tokenizer, WeightsError, convert, load
 
-GOLDEN = load_file(HERE / "golden" / "clip_openai_tiny.safetensors")
-OPENAI = {name[8:]: tensor for name, tensor in GOLDEN.items() if name.startswith("weights.")}
+GOLDEN = HERE / "golden" / "backbones"
+NAMES = ["hf-clip-gelu", "hf-siglip2", "open_clip-pe-core"]
+TINY = load_file(HERE / "golden" / "clip_openai_tiny.safetensors")
+OPENAI = {name[8:]: tensor for name, tensor in TINY.items() if name.startswith("weights.")}
+TENSORS = load_file(GOLDEN / "hf-clip-gelu" / "model.safetensors")
 
 
-def as_torchscript(target):
-    """OpenAI's weights as OpenAI ships them: a TorchScript archive, with three scalars beside the tensors."""
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Nothing that stands elsewhere on this machine counts, and no test reaches further than this machine."""
+    monkeypatch.setattr(clip_min, "ARCHIVE", tmp_path / "openai" / "ViT-B-16.pt")
+    monkeypatch.setattr(clip_min, "HUB", "http://127.0.0.1:9")
+    monkeypatch.setattr(clip_min, "VIT_B16_URL", "http://127.0.0.1:9/ViT-B-16.pt")
+    monkeypatch.setattr(clip_min, "MERGES_URL", "http://127.0.0.1:9/merges.txt.gz")
+
+
+def expected(name: str) -> tuple:
+    """What the model's own code computed: inputs and outputs, and the pictures normalised."""
+    told = load_file(GOLDEN / name / "expected.safetensors")
+    return told, (told["pictures"] - told["mean"][:, None, None]) / told["std"][:, None, None]
+
+
+def check(path, name: str, tolerance: float = 1e-5) -> CLIP:
+    """What is loaded gives the golden features, and the tokens before every block."""
+    clip, tokenizer = load(path)
+    told, pixels = expected(name)
+    seen = {}
+    same(torch.tensor([*clip.mean, *clip.std]), torch.cat([told["mean"], told["std"]]), 1e-6)
+    same(clip.visual(pixels, lambda x, layer: seen.setdefault(layer, x)), told["image_features"], tolerance)
+    same(clip.encode_text(clip.trim(told["token_ids"])), told["text_features"], tolerance)
+    assert len(seen) == 2 and seen[0].shape[1] == clip.visual.first_patch + 16
+    for layer, tokens in seen.items():
+        same(tokens, told[f"tokens_before_block.{layer}"], tolerance)
+    assert tokenizer("a").shape == (1, 12), "the backbone's own length"
+    return clip
+
+
+def as_torchscript(target: Path) -> None:
+    """OpenAI's weights as OpenAI ships them: a TorchScript archive, with scalars beside the tensors."""
     class Holder(nn.Module):
         def forward(self, x):
             return x
     root = Holder()
-    for name, tensor in (OPENAI | {"input_resolution": torch.tensor(32), "context_length": torch.tensor(24)}).items():
+    for name, tensor in (OPENAI | {"input_resolution": torch.tensor(32)}).items():
         module, *path = root, *name.split(".")
         for part in path[:-1]:
             if not hasattr(module, part):
@@ -35,135 +76,127 @@ def as_torchscript(target):
     torch.jit.script(root).save(str(target))
 
 
-def as_hugging_face(target):
-    """The same in Hugging Face's names, q, k and v apart, projections transposed."""
-    target.mkdir()
-    ours = clip_min._our_names(OPENAI)
-    other = {"conv1": "embeddings.patch_embedding", "ln_pre": "pre_layrnorm", "ln_post": "post_layernorm", "ln_final": "final_layer_norm",
-             "transformer.resblocks": "encoder.layers", ".attn.": ".self_attn.", ".ln_": ".layer_norm", "c_fc": "fc1", "c_proj": "fc2",
-             "positional_embedding": "embeddings.position_embedding.weight", "token_embedding": "embeddings.token_embedding",
-             "class_embedding": "embeddings.class_embedding"}
-    state = {"visual_projection.weight": ours.pop("visual.proj").T, "text_projection.weight": ours.pop("text_projection").T,
-             "logit_scale": ours.pop("logit_scale"), "text_model.embeddings.position_ids": torch.arange(24)[None]}
-    for name, tensor in ours.items():
-        new = name.removeprefix("visual.")
-        for a, b in other.items():
-            new = new.replace(a, b)
-        state[("vision_model." if name.startswith("visual.") else "text_model.") + new] = tensor
-    save_file({k: v.contiguous() for k, v in state.items()}, target / "model.safetensors")
+# ------------------------------------------------------------------------------------------- formats, features
+
+FORMATS = {
+    "safetensors": lambda path: save_file(OPENAI, path),
+    "archive.pt": as_torchscript,
+    "zip.bin": lambda path: torch.save(OPENAI, path),
+    "legacy.bin": lambda path: torch.save(OPENAI, path, _use_new_zipfile_serialization=False),
+    "epoch.pt": lambda path: torch.save(
+        {"epoch": 3, "state_dict": {f"module.{n}": t for n, t in OPENAI.items()}, "optimizer": {}}, path),
+    "float16": lambda path: save_file({name: tensor.half() for name, tensor in OPENAI.items()}, path),
+}
 
 
-def source(kind, folder):
-    if kind == "torchscript":
-        as_torchscript(folder / "tiny.pt")
-        return folder / "tiny.pt"
-    if kind == "hugging-face":
-        as_hugging_face(folder / "tiny")
-        return folder / "tiny"
-    save_file(OPENAI, folder / "tiny.safetensors")
-    return folder / "tiny.safetensors"
-
-
-@pytest.mark.parametrize("kind", ["torchscript", "hugging-face", "safetensors"])
-@pytest.mark.parametrize("converted", [False, True])
-def test_features_equal_openais_through_every_format(kind, converted, tmp_path, monkeypatch):
-    path = source(kind, tmp_path)
-    if kind == "torchscript":                                            # as if OpenAI had published it
+@pytest.mark.parametrize("kind", FORMATS)
+def test_openais_features_through_every_format(kind, tmp_path, monkeypatch, capsys):
+    path = tmp_path / kind
+    FORMATS[kind](path)
+    if kind == "archive.pt":                                             # as if OpenAI had published it
         monkeypatch.setattr(clip_min, "OPENAI_SHA256", {clip_min.sha256_of(path)})
-    if converted:
-        convert(path, tmp_path / "ours.safetensors")
-        path = tmp_path / "ours.safetensors"
-    clip, _ = load(path)
-    image, text = clip.encode_image(GOLDEN["images"]), clip.encode_text(GOLDEN["token_ids"])
-    same(image, GOLDEN["image_features"])
-    same(text, GOLDEN["text_features"])
-    unit = [x / x.norm(dim=-1, keepdim=True) for x in (image, text)]
-    same(clip.logit_scale.exp() * unit[0] @ unit[1].T, GOLDEN["logits_per_image"])
-    save_file(OPENAI, tmp_path / "plain.safetensors")
-    assert clip.fingerprint == load(tmp_path / "plain.safetensors")[0].fingerprint, "the same weights, the same fingerprint"
+    convert(path, tmp_path / "ours.safetensors")
+    said = capsys.readouterr().err
+    assert said == "" if kind == "archive.pt" else "no config: quick_gelu" in said
+    prints = set()
+    for form in (path, tmp_path / "ours.safetensors"):
+        clip, _ = load(form)
+        image, text = clip.encode_image(TINY["images"]), clip.encode_text(TINY["token_ids"])
+        tolerance = 2e-3 if kind == "float16" else 1e-5
+        same(image, TINY["image_features"], tolerance)
+        same(text, TINY["text_features"], tolerance)
+        cosines = nn.functional.cosine_similarity(image[:, None], text[None], dim=-1)
+        same(clip.logit_scale.exp() * cosines, TINY["logits_per_image"], tolerance)
+        prints.add(clip.fingerprint)
+    FORMATS["safetensors"](tmp_path / "plain")
+    assert prints == {load(tmp_path / "plain")[0].fingerprint}, "the same weights, whatever holds them"
 
 
-@pytest.mark.parametrize("config", [CLIPConfig(), CLIPConfig(patch=32), CLIPConfig(768, 224, 14, 1024, 24, 768, 12)])
-def test_sizes_are_read_off_the_tensors(config):
+@pytest.mark.parametrize("name", NAMES)
+def test_features_of_their_own_codes(name, tmp_path):
+    """Through the folder, the file in it, the converted file (which stands alone), pickled tensors, bfloat16."""
+    folder = shutil.copytree(GOLDEN / name, tmp_path / "there")
+    file, = folder.glob("*model.safetensors")
+    convert(folder, tmp_path / "ours.safetensors")
+    prints = {check(path, name).fingerprint for path in (folder, file, tmp_path / "ours.safetensors")}
+    pickled = "open_clip_pytorch_model.bin" if "open" in name else "pytorch_model.bin"
+    torch.save(load_file(file), folder / pickled)
+    file.unlink()
+    assert {check(folder, name).fingerprint} == prints, "the same weights, the same fingerprint"
+    told, pixels = expected(name)
+    low, _ = load(folder, dtype=torch.bfloat16)
+    for got, wanted in ((low.encode_image(pixels), told["image_features"]),
+                        (low.encode_text(told["token_ids"]), told["text_features"])):
+        assert torch.cosine_similarity(got.float(), wanted).min() > 0.999
+
+
+def test_names_of_other_libraries_and_back(tmp_path):
+    """Hugging Face's, OpenAI's, open_clip's: the tensors that came in, and a folder of them is the same model."""
+    clip = check(GOLDEN / "hf-clip-gelu", "hf-clip-gelu")
+    state, config = clip_min.hugging_face(clip)
+    assert state.keys() == TENSORS.keys() and all(torch.equal(state[n], TENSORS[n].float()) for n in TENSORS)
+    save_file(clip_min.openai_names(clip), tmp_path / "open_clip_model.safetensors")
+    told = {"model_cfg": {"embed_dim": 64, "vision_cfg": {}, "text_cfg": {"heads": 1}},
+            "preprocess_cfg": {"mean": clip.mean, "std": clip.std}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
+    assert check(tmp_path, "hf-clip-gelu").fingerprint == clip.fingerprint
+    theirs = clip_min.openai_names(load(FORMATS["safetensors"](tmp_path / "w") or tmp_path / "w")[0])
+    assert theirs.keys() == OPENAI.keys() and all(torch.equal(theirs[n], OPENAI[n]) for n in OPENAI)
+
+
+def test_openais_own_code_takes_our_weights(toy):
+    build = pytest.importorskip("open_clip.openai", reason="open_clip is not installed").build_model_from_openai_state_dict
+    theirs = build(clip_min.openai_names(toy[0])).float().eval()
+    images, rows = torch.randn(2, 3, 48, 48), toy[1](["a ring", "a star"])
+    with torch.no_grad():
+        same(theirs.encode_image(images), toy[0].encode_image(images))
+        same(theirs.encode_text(rows), toy[0].encode_text(rows))
+
+
+@pytest.mark.parametrize("name", ["toy", "hf-clip-gelu", "hf-siglip2"])
+def test_transformers_opens_what_is_given_out(name, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    clip, tokenizer = load(TOY_CLIP if name == "toy" else GOLDEN / name)
+    state, config = clip_min.hugging_face(clip)
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    for file, text in (clip_min.tokenizer_files(tokenizer) | {"config.json": json.dumps(config)}).items():
+        (tmp_path / file).write_text(text, "utf-8")
+    model = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    pieces = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts, length = ["a photo of a cat", "a ring"], clip.config.context
+    rows = pieces(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+    images = torch.randn(2, 3, clip.config.image, clip.config.image)
+    with torch.no_grad():
+        out = model(pixel_values=images, input_ids=rows)
+    unit = nn.functional.normalize
+    same(out.image_embeds, unit(clip.encode_image(images), dim=-1))
+    same(out.text_embeds, unit(clip.encode_text(tokenizer(texts)), dim=-1))
+    back, _ = load(tmp_path)
+    assert back.fingerprint == clip.fingerprint or name == "hf-siglip2"          # whose pixels stand elsewhere
+
+
+# --------------------------------------------------------------------------------------------------- the model
+
+@pytest.mark.parametrize("family", clip_min.FAMILIES)
+def test_sizes_and_family_are_read_off_the_tensors(family):
+    sizes = dict(embed=768, image=336, patch=14, vision_width=1024, vision_layers=24, text_layers=3, context=64)
+    config = CLIPConfig(family=family, text_width=768, vocab=1000, **sizes, **clip_min.FAMILIES[family])
+    config = replace(config, embed=1024 if family == "siglip" else 768)
     with torch.device("meta"):
         assert CLIPConfig.from_weights(CLIP(config).state_dict()) == config
 
 
-def test_bfloat16_on_a_cpu_takes_another_road_to_the_same_features(toy):
-    low, _ = load(TOY_CLIP, dtype=torch.bfloat16)
-    images, rows = torch.randn(4, 3, 48, 48), toy[1](["a ring.", "a photo of a star."], 40)
-    assert torch.cosine_similarity(low.encode_image(images).float(), toy[0].encode_image(images)).min() > 0.999
-    assert torch.cosine_similarity(low.encode_text(rows).float(), toy[0].encode_text(rows)).min() > 0.999
-
-
-def test_hook_sees_the_tokens_before_every_block(toy):
-    seen = {}
-    toy[0].visual(torch.randn(2, 3, 48, 48), lambda tokens, layer: seen.setdefault(layer, tokens))
-    assert list(seen) == [0, 1, 2, 3] and seen[0].shape == (2, 37, 128)
-    for layer, block in enumerate(toy[0].visual.transformer.resblocks[:3]):
-        same(block(seen[layer]), seen[layer + 1], 1e-6)
-
-
-def test_tokens_equal_openais():
-    tokenizer = Tokenizer(from_environment("ATHA_MERGES", "OpenAI's bpe_simple_vocab_16e6.txt.gz"))
-    rows = json.loads((HERE / "golden" / "tokenizer.json").read_text())
-    assert [tokenizer.encode(row["text"]) for row in rows] == [row["ids"] for row in rows]
-    assert tokenizer(["hi"]).tolist() == [[49406, *tokenizer.encode("hi"), 49407] + [0] * (77 - 3)]
-
-
-def test_tokenizer_merges_by_rank_and_knows_number_signs():
-    tokenizer = Tokenizer(["l o", "lo w</w>", "o w</w>"])
-    assert [tokenizer.vocab[i] for i in tokenizer.encode("LOW  blow_²'s")] == ["low</w>", "b", "low</w>", "_</w>", *[
-        tokenizer.symbol[b] + end for b, end in zip("²".encode(), ("", "</w>"))], "'", "s</w>"]
-    assert tokenizer(["low " * 100]).argmax(-1).item() == 76, "a long text is cut, its end token kept"
-
-
-@pytest.fixture(params=["bytes", "merges"])
-def tokenizer(request):
-    return Tokenizer([] if request.param == "bytes" else from_environment("ATHA_MERGES", "OpenAI's BPE merges file"))
-
-
-SPECIAL = ["&#xd800;", "&amp;", "&#0;", "<|endoftext|>", "</w>", "²", "Ⅻ", "İ", "\u0301", "\x00", "'ll", "_", "\u200d", "\U0010ffff"]
-
-
-def test_tokenizer_takes_any_text(tokenizer):
-    """10,000 random texts, some of 10,000 characters: any code point, lone surrogates, controls, what means something to it."""
-    chance = random.Random(0)
-    draws = (lambda: chr(chance.randrange(0x110000)), lambda: chr(chance.randrange(0xd800, 0xe000)), lambda: chr(chance.randrange(256)),
-             lambda: chance.choice("abc ABC 123 '"), lambda: chance.choice(SPECIAL))
-    for length in [10000] * 10 + [int(chance.expovariate(1 / 15)) for _ in range(9990)]:
-        some = chance.sample(draws, chance.randrange(1, 6))
-        text = "".join(chance.choice(some)() for _ in range(length))
-        assert tokenizer(text).max() == tokenizer.end
-
-
-def test_classify_and_convert_on_the_command_line(tmp_path, monkeypatch, capsys):
-    save_image(torch.rand(3, 60, 90), tmp_path / "a.png")
-    monkeypatch.setattr(sys, "argv", ["clip_min.py", "classify", str(tmp_path / "a.png"), "a ring", "a star", "--weights", str(TOY_CLIP)])
-    runpy.run_path(clip_min.__file__, run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split("%")[1].strip() for line in lines) == ["a ring", "a star"]
-    assert abs(sum(float(line.split("%")[0]) for line in lines) - 100) < 0.02
-    with pytest.raises(SystemExit, match="2"):
-        clip_min.main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "b")])
-    error = capsys.readouterr().err
-    assert error.startswith("clip_min.py: error: no weights at") and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", [None, "hf-siglip2"])
-def test_the_last_block_gives_out_only_what_is_pooled(name, toy):
-    """Exactly what all tokens would give, and less work."""
-    backbone, _ = toy if name is None else load(HERE / "golden" / "backbones" / name)
-    size, ids = backbone.config.image, torch.tensor([[5, 7, 513 if name is None else 1, 0, 0, 0]])
-    images, tower = torch.randn(2, 3, size, size), backbone.visual if name is None else backbone
-    run = (lambda: backbone.visual(images)) if name is None else (lambda: backbone.encode_text(ids))
-    last = tower.transformer.resblocks[-1]
-    seen, handle = [], last.mlp.register_forward_hook(lambda _, x, y: seen.append(y.shape[1]))
-    few, last.rows, rows = run(), slice(None), last.rows
-    same(few, run(), 1e-6)
-    last.rows = rows
-    handle.remove()
-    assert seen == [1, 37 if name is None else 6]
+def test_rotary_positions_twin():
+    """Pair i of the first half of the channels turns by x / 10000^(i/16), of the second half by y."""
+    cos, sin = clip_min.rope_2d(3, 64)
+    x = torch.randn(1, 1, 10, 64)
+    turned = clip_min.rotate(x, cos, sin)[0, 0]
+    for token in range(10):
+        place = ((token - 1) % 3 + 1, (token - 1) // 3 + 1) if token else (0, 0)
+        pairs = torch.view_as_complex(x[0, 0, token].view(2, 16, 2))
+        angles = torch.tensor([[p / 10000 ** (i / 16) for i in range(16)] for p in place])
+        wanted = torch.view_as_real(pairs * torch.polar(torch.ones(2, 16), angles)).flatten()
+        same(turned[token], wanted, 1e-6)
 
 
 @pytest.mark.parametrize("activation", clip_min.ACTIVATIONS)
@@ -173,19 +206,413 @@ def test_activations_and_their_gradients(activation):
                "gelu": lambda y: y * torch.special.ndtr(y),
                "gelu_pytorch_tanh": lambda y: y * torch.sigmoid((8 / torch.pi) ** 0.5 * (y + 0.044715 * y ** 3))}
     mlp, x = clip_min.MLP(8, activation).double(), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
-    residual = torch.randn(2, 3, 8, dtype=torch.float64)
-    wanted = residual + mlp.c_proj(written[activation](mlp.c_fc(x)))
-    same(mlp(x, residual), wanted, 1e-12)
-    same(torch.autograd.grad(mlp(x, residual).sin().sum(), x)[0], torch.autograd.grad(wanted.sin().sum(), x)[0], 1e-12)
+    wanted = mlp.c_proj(written[activation](mlp.c_fc(x)))
+    same(mlp(x), wanted, 1e-12)
+    same(torch.autograd.grad(mlp(x).sin().sum(), x)[0], torch.autograd.grad(wanted.sin().sum(), x)[0], 1e-12)
 
 
-def test_the_mlp_takes_adapters():
-    """In one of its layers or both; they start from zero, so nothing changes yet, and then it does."""
-    x = torch.randn(2, 3, 8)
-    for targets in (["c_fc"], ["c_proj"], ["c_fc", "c_proj"]):
-        mlp = clip_min.MLP(8, "quick_gelu")
-        wanted = mlp(x, x)
-        adapters = add_lora(mlp, rank=2, dropout=0, targets=targets)
-        same(mlp(x, x), wanted, 1e-5)
-        nn.init.ones_(adapters[targets[0]].B)
-        assert not torch.allclose(mlp(x, x), wanted, atol=1e-3)
+def test_attention_by_hand_in_bfloat16_is_the_same(monkeypatch):
+    attention, x = clip_min.Attention(128, 2).bfloat16(), torch.randn(2, 9, 128).bfloat16()
+    got = attention(x, x)
+    same(got, attention.float()(x.float(), x.float()).bfloat16(), 0.03)
+    monkeypatch.setattr(clip_min.F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("it is slower"))
+    assert torch.equal(attention.bfloat16()(x, x), got)
+
+
+@pytest.mark.parametrize("path", [TOY_CLIP, GOLDEN / "hf-siglip2"])
+def test_the_last_block_gives_out_only_what_is_pooled(path):
+    """Exactly what all tokens would give, and less work."""
+    clip, tokenizer = load(path)
+    rows, seen = tokenizer(["a ring"]), []
+    images = torch.randn(2, 3, clip.config.image, clip.config.image)
+    run, tower = (clip.encode_text, clip) if clip.visual.pool else (clip.encode_image, clip.visual)
+    last, given = tower.transformer.resblocks[-1], rows if clip.visual.pool else images
+    last.mlp.register_forward_hook(lambda _, x, y: seen.append(y.shape[1]))
+    few, last.rows = run(given), slice(None)
+    same(few, run(given), 1e-6)
+    assert seen == [1, clip.config.context if clip.visual.pool else 37]
+
+
+def test_pictures_of_another_size_are_refused_by_name(toy):
+    for shape in ((1, 3, 224, 224), (3, 48, 48)):
+        with pytest.raises(ValueError, match="this backbone takes .3, 48, 48"):
+            toy[0].encode_image(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("wide", [(90, 60), (60, 90), (48, 48)])
+def test_pictures_are_prepared_as_others_do(wide, toy):
+    """OpenAI's transform, and Hugging Face's of SigLIP."""
+    from torchvision import transforms as T
+    image = Image.effect_noise(wide, 80).convert("RGB")
+    c = toy[0].config
+    theirs = T.Compose([T.Resize(48, T.InterpolationMode.BICUBIC), T.CenterCrop(48), T.ToTensor(),
+                        T.Normalize(c.mean, c.std)])
+    same(toy[0].preprocess(image.convert("P")), theirs(image.convert("P").convert("RGB")), 1e-6)
+    clip = load(GOLDEN / "hf-siglip2")[0]
+    same(clip.preprocess(image), T.Normalize([0.5] * 3, [0.5] * 3)(T.ToTensor()(image.resize((32, 32), 3))), 1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+@pytest.mark.parametrize("method", ["clip-lora", "svl", "atha+tir", "coop"])
+def test_every_way_to_tune_works_on_other_backbones(name, method):
+    """Two episodes at once are each alone, and something is learned."""
+    clip, tokenizer = load(GOLDEN / name)
+    clip, recipe = copy.deepcopy(clip).double(), replace(train.Recipe(), steps=3, dropout=0.0, context=2)
+    torch.manual_seed(0)
+    support, query = torch.randn(2, 4, 3, 32, 32).double(), torch.randn(2, 3, 3, 32, 32).double()
+    labels = torch.tensor([[0, 0, 1, 1]] * 2)
+    ids = tokenizer(["a photo of a cat.", "a photo of a dog."])[None].repeat(2, 1, 1)
+    both = train.adapt(clip, support, labels, ids, method, recipe, seeds=[5, 6])
+    alone = train.adapt(clip, support[1:], labels[1:], ids[1:], method, recipe, seeds=[6])
+    same(both.losses[:, 1:], alone.losses)
+    same(both.logits(query)[1:], alone.logits(query[1:]))
+    assert both.losses[0].ne(both.losses[-1]).all()
+
+
+# --------------------------------------------------------------------------------------------------- tokenizers
+
+def test_tokens_equal_openais():
+    path = from_environment("ATHA_MERGES", "OpenAI's bpe_simple_vocab_16e6.txt.gz")
+    tokenizer = Tokenizer(clip_min.read_merges(path))
+    rows = json.loads((HERE / "golden" / "tokenizer.json").read_text())
+    assert [tokenizer.encode(row["text"]) for row in rows] == [row["ids"] for row in rows]
+    assert tokenizer(["hi"]).tolist() == [[49406, *tokenizer.encode("hi"), 49407] + [0] * (77 - 3)]
+
+
+def test_tokenizer_merges_by_rank_and_knows_number_signs():
+    tokenizer = Tokenizer(["l o", "lo w</w>", "o w</w>"])
+    pieces = {i: piece for piece, i in tokenizer.id.items()}
+    assert [pieces[i] for i in tokenizer.encode("LOW  blow_²'s")] == ["low</w>", "b", "low</w>", "_</w>", *[
+        tokenizer.symbol[b] + end for b, end in zip("²".encode(), ("", "</w>"))], "'", "s</w>"]
+    assert tokenizer(["low " * 100]).argmax(-1).item() == 76, "a long text is cut, its end token kept"
+    assert tokenizer("low", 5).shape == (1, 5)
+    for text in ("pêche", "Ångström", "각"):                      # typed, and as a Mac's file names spell it
+        assert tokenizer.encode(unicodedata.normalize("NFD", text)) == tokenizer.encode(text)
+
+
+def test_tokenizer_takes_any_text():
+    chance, tokenizer = random.Random(0), Tokenizer([])
+    for _ in range(2000):
+        text = "".join(chr(chance.choice((chance.randrange(0xd800), chance.randrange(128)))) for _ in range(20))
+        assert tokenizer(text).max() == tokenizer.end
+
+
+def test_siglips_texts():
+    """SigLIP 2's <eos> closes a row that zeros fill up; SigLIP 1's </s> does both."""
+    told, _ = expected("hf-siglip2")
+    tokenizer = load(GOLDEN / "hf-siglip2")[1]
+    assert torch.equal(tokenizer(json.loads((GOLDEN / "hf-siglip2/sentences.json").read_text())), told["token_ids"])
+    rows = tokenizer(["A Photo", "a photo", "a photo " * 99, ""], 64)
+    assert torch.equal(rows[0], rows[1]) and rows[2, -1] == 1 and rows[3].tolist() == [1] + [0] * 63
+    stored = json.loads(tokenizer.metadata["tokenizer"].replace("<eos>", "</s>"))
+    assert clip_min.SiglipTokenizer(json.dumps(stored))("", 4).tolist() == [[1, 1, 1, 1]]
+
+
+# ---------------------------------------------------------------------------------- what configs and files say
+
+def folder_of(target: Path, name: str = "hf-clip-gelu", files: dict = {}, **changes) -> Path:
+    """A golden folder with values of its config changed (section__key=value) and files written beside it."""
+    shutil.copytree(GOLDEN / name, target, dirs_exist_ok=True)
+    place = target / ("config.json" if name.startswith("hf") else "open_clip_config.json")
+    config = json.loads(place.read_text())
+    for path, value in changes.items():
+        *above, key = path.split("__")
+        inner = config
+        for part in above:
+            inner = inner.setdefault(part, {})
+        inner[key] = value
+        if value is None:
+            del inner[key]
+    place.write_text(json.dumps(config))
+    for file, content in files.items():
+        (target / file).write_text(json.dumps(content))
+    return target
+
+
+PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 32, "width": 32}, "resample": 2}
+BELIEVED = {    # a golden folder, what its config says, what follows
+    "heads": ("hf-clip-gelu", {"vision_config__num_attention_heads": 4}, {"vision_head": 32}),
+    "no heads said": ("hf-clip-gelu", {"text_config__num_attention_heads": None}, {"text_head": 8}),
+    "eps": ("hf-clip-gelu", {"vision_config__layer_norm_eps": 1e-6, "text_config__layer_norm_eps": 1e-6},
+            {"eps": 1e-6}),
+    "activation by default": ("hf-clip-gelu", {"vision_config__hidden_act": None, "text_config__hidden_act": None},
+                              {"activation": "quick_gelu"}),
+    "_dict wins": ("hf-clip-gelu", {f"{t}_config_dict": {"hidden_act": "quick_gelu", "num_attention_heads": 1}
+                                    for t in ("vision", "text")}, {"activation": "quick_gelu", "vision_head": 128}),
+    "pixels": ("hf-clip-gelu", {"files": {"preprocessor_config.json": PIXELS}},
+               {"mean": [0.5] * 3, "std": [0.25] * 3, "resize": "squash", "interpolation": "bilinear"}),
+    "pixels as of old": ("hf-clip-gelu", {"files": {"preprocessor_config.json": {"size": 32, "crop_size": 32}}},
+                         {"mean": clip_min.MEAN, "resize": "shortest", "interpolation": "bicubic"}),
+    "transformers 5": ("hf-clip-gelu", {"files": {"processor_config.json": {"image_processor": PIXELS},
+                                                  "preprocessor_config.json": {"image_mean": [0.1] * 3}}},
+                       {"mean": [0.5] * 3, "std": [0.25] * 3}),
+    "SigLIP's heads": ("hf-siglip2", {"vision_config__num_attention_heads": 4}, {"vision_head": 32}),
+    "QuickGELU": ("open_clip-pe-core", {"model_cfg__quick_gelu": True}, {"activation": "quick_gelu"}),
+    "head_width": ("open_clip-pe-core", {"model_cfg__vision_cfg__head_width": 32}, {"vision_head": 32}),
+    "text heads": ("open_clip-pe-core", {"model_cfg__text_cfg__heads": 4}, {"text_head": 32}),
+    "resize_mode": ("open_clip-pe-core", {"preprocess_cfg__resize_mode": "shortest",
+                                          "preprocess_cfg__interpolation": "bicubic", "preprocess_cfg__std": [1] * 3},
+                    {"resize": "shortest", "interpolation": "bicubic", "std": [1] * 3}),
+}
+
+
+@pytest.mark.parametrize("case", BELIEVED)
+def test_what_a_config_says_is_believed(case, tmp_path, capsys):
+    """And stays so in our own file, and the weights have another fingerprint then."""
+    name, changes, wanted = BELIEVED[case]
+    clip, _ = load(folder_of(tmp_path / "w", name, **changes))
+    assert {field: getattr(clip.config, field) for field in wanted} == wanted
+    convert(tmp_path / "w", tmp_path / "ours.safetensors")
+    assert load(tmp_path / "ours.safetensors")[0].fingerprint == clip.fingerprint
+    same = all(getattr(load(GOLDEN / name)[0].config, field) == value for field, value in wanted.items())
+    assert same or clip.fingerprint != load(GOLDEN / name)[0].fingerprint
+    assert capsys.readouterr().err == ""
+
+
+NOT_BUILT = {
+    "activation": ("hf-clip-gelu", {"vision_config__hidden_act": "relu", "text_config__hidden_act": "relu"}, "relu"),
+    "activation of one tower": ("hf-clip-gelu", {"vision_config__hidden_act": "quick_gelu"}, "hidden_act is gelu"),
+    "of one by default": ("hf-clip-gelu", {"text_config__hidden_act": None}, "hidden_act is quick_gelu"),
+    "eps of one tower": ("hf-clip-gelu", {"text_config__layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
+    "blocks": ("hf-clip-gelu", {"vision_config__num_hidden_layers": 3}, "visual.transformer.resblocks.2."),
+    "NaFlex": ("hf-siglip2", {"model_type": "siglip2"}, "siglip2"),
+    "another model": ("hf-clip-gelu", {"model_type": "clipseg"}, "clipseg"),
+    "no normalising": ("hf-siglip2", {"files": {"preprocessor_config.json": {"do_normalize": False}}}, "do_norm"),
+    "another scale": ("hf-siglip2", {"files": {"preprocessor_config.json": {"rescale_factor": 1 / 127.5}}}, "resc"),
+    "quantised": ("hf-clip-gelu", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    "text pooling": ("open_clip-pe-core", {"model_cfg__text_cfg__pool_type": "last"}, "pool_type"),
+    "no mask": ("open_clip-pe-core", {"model_cfg__text_cfg__no_causal_mask": True}, "no_causal_mask"),
+    "norm": ("open_clip-pe-core", {"model_cfg__text_cfg__norm_kwargs": {"eps": 1e-6}}, "norm_kwargs"),
+    "tokenizer": ("open_clip-pe-core", {"model_cfg__text_cfg__tokenizer_kwargs": {"clean": "lower"}}, "tokenizer_kw"),
+    "another trunk": ("open_clip-pe-core", {"model_cfg__vision_cfg__timm_model_name": "vit_base"}, "timm_model_name"),
+    "pooling": ("open_clip-pe-core", {"model_cfg__vision_cfg__timm_pool": "avg"}, "timm_pool"),
+}
+
+
+def refuses(path, *words: str) -> str:
+    """`load` says in one line what is wrong with the path."""
+    with pytest.raises(WeightsError) as error:
+        load(path)
+    line = str(error.value)
+    assert "\n" not in line and all(word in line for word in (str(path), *words)), line
+    return line
+
+
+@pytest.mark.parametrize("case", NOT_BUILT)
+def test_what_is_not_built_is_refused(case, tmp_path):
+    name, changes, word = NOT_BUILT[case]
+    refuses(folder_of(tmp_path / "w", name, **changes), word)
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return type(self.marker).touch, (self.marker,)
+
+
+def toy_with(**changes):
+    """Writes the toy CLIP with tensors changed (None: left out)."""
+    tensors = load_file(TOY_CLIP) | changes
+    return lambda path: save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+def towers(start: str) -> dict:
+    return {name: tensor for name, tensor in TENSORS.items() if name.startswith(start)}
+
+
+RESNET = {"visual.positional_embedding": None, "visual.layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)}
+FILES = {    # what is written, what must be said
+    "cut": (lambda path: path.write_bytes(TOY_CLIP.read_bytes()[:-5]), "it is cut"),
+    "garbage": (lambda path: path.write_bytes(random.Random(0).randbytes(5000)), "it is cut"),
+    "empty": (Path.touch, "it is cut"),
+    "a pointer of Git LFS": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    "a web page": (lambda path: path.write_text("<!DOCTYPE html><title>Sign in</title>"), "a web page"),
+    "a pickle": (lambda path: path.write_bytes(pickle.dumps(Evil(path.with_name("marker")))), "is not run"),
+    "code in a zip": (lambda path: torch.save({"a": Evil(path.with_name("marker"))}, path), "is not run"),
+    "a stranger's archive": (as_torchscript, "is not run"),
+    "another checkpoint": (lambda path: torch.save({"epoch": 3, "net": {}}, path), "epoch is no tensor"),
+    "the vision tower": (lambda path: save_file(towers("vis"), path), "both its towers"),
+    "the text tower": (lambda path: save_file(towers("text"), path), "both its towers"),
+    "a ResNet": (toy_with(**RESNET), "both its towers"),
+    "an adapter": (lambda path: save_file({"base_model.q_proj.lora_A.weight": torch.ones(2, 2)}, path), "both its"),
+    "a tensor less": (toy_with(**{"ln_final.bias": None}), "ln_final.bias"),
+    "a tensor more": (toy_with(**{"head.weight": torch.ones(3)}), "head.weight"),
+    "misshapen": (toy_with(**{"visual.ln_pre.weight": torch.zeros(7)}), "visual.ln_pre.weight"),
+    "LayerScale": (toy_with(**{"visual.transformer.resblocks.0.ls_1.gamma": torch.ones(128)}), "ls_1.gamma"),
+    "8 bits": (toy_with(**{"ln_final.bias": torch.zeros(64, dtype=torch.int8)}), "ln_final.bias is no tensor of"),
+    "float8": (toy_with(**{"ln_final.bias": torch.zeros(64).to(torch.float8_e4m3fn)}), "cannot use"),
+    "not a number": (toy_with(**{"ln_final.bias": torch.full((64,), torch.nan)}), "ln_final.bias is no tensor of"),
+    "merges that are missing": (toy_with(**{"token_embedding.weight": torch.zeros(544, 64)}), "0 merges of text"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files_that_cannot_be_used(case, tmp_path):
+    write, words = FILES[case]
+    write(tmp_path / "w.bin")
+    line = refuses(tmp_path / "w.bin", words)
+    assert not (tmp_path / "marker").exists() and "KeyError" not in line and "attribute" not in line
+
+
+def test_where_the_merges_come_from(tmp_path, monkeypatch):
+    """merges.txt, tokenizer.json of either spelling, our own file, or fetched; with ids shifted CLIP would err."""
+    pairs = [f"{a} {b}" for a in "abcde" for b in "abcdef"]
+    for spelling in (pairs, [pair.split() for pair in pairs], None):
+        folder = tmp_path / f"{spelling is None}{isinstance((spelling or pairs)[0], str)}"
+        folder.mkdir()
+        toy_with(**{"token_embedding.weight": torch.zeros(544, 64)})(folder / "model.safetensors")
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"merges": spelling}}))
+        if spelling is None:
+            (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]))
+        convert(folder, folder / "ours")
+        assert load(folder / "ours")[1].encode("abde") == Tokenizer(pairs).encode("abde")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs[:-1]]))
+    refuses(folder, "29 merges of text where its vocabulary needs 30")
+
+
+def test_what_may_be_given_is_said():
+    for name in ("openai/clip-vit-base-patch16", "ViT-B/16", HERE):
+        refuses(name, "hf-hub:org/name", "model.safetensors")
+
+
+def test_tensors_alone(tmp_path):
+    """A state dict of any naming, without a file."""
+    clip = clip_min.from_weights(load_file(GOLDEN / "open_clip-pe-core" / "open_clip_model.safetensors"))
+    told, pixels = expected("open_clip-pe-core")
+    same(clip.float().encode_image(pixels), told["image_features"])
+    with pytest.raises(KeyError, match="visual.conv1"):
+        clip_min.from_weights({})
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    clip_min.save({"a": torch.ones(2)}, tmp_path / "new" / "a", {})
+    monkeypatch.setattr(clip_min.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        clip_min.save({"a": torch.zeros(2)}, tmp_path / "new" / "a", {})
+    assert load_file(tmp_path / "new" / "a")["a"].sum() == 2 and len([*(tmp_path / "new").iterdir()]) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- fetching
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A hub on this machine: `files` by path, `asked` for, `broken` ones end in the middle."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            hub.asked.append(self.path)
+            content = hub.files.get(self.path)
+            if content is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if self.path in hub.broken else content)
+
+        def log_message(self, *_):
+            pass
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.files, hub.asked, hub.broken = {}, [], set()
+    address = f"http://127.0.0.1:{hub.server_port}"
+    for name in ("HUB", "VIT_B16_URL", "MERGES_URL"):
+        monkeypatch.setattr(clip_min, name, getattr(clip_min, name).replace("http://127.0.0.1:9", address))
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    yield hub
+    hub.shutdown()
+
+
+def offer(hub, repository: str, folder: Path, *leave: str) -> None:
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in leave:
+            hub.files[f"/{repository}/resolve/main/{file.name}"] = file.read_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hub_repository_is_fetched_once(name, server, capsys, own_cache):
+    offer(server, "org/name", GOLDEN / name, "expected.safetensors")
+    check("hf-hub:org/name", name)
+    said = capsys.readouterr().err
+    assert "model.safetensors (" in said.replace("to ", "(") and str(own_cache) in said and "MiB" in said
+    del server.asked[:]
+    check("hf-hub:org/name", name)
+    assert server.asked == [] and not [*own_cache.rglob("tmp*")]
+    refuses_hub = pytest.raises(WeightsError, match="org/none/resolve/main/ gives none of open_clip_model")
+    with refuses_hub:
+        load("hf-hub:org/none")
+
+
+def test_a_connection_that_breaks_leaves_nothing_half(server, own_cache):
+    offer(server, "org/name", GOLDEN / "hf-clip-gelu")
+    server.broken.add("/org/name/resolve/main/model.safetensors")
+    with pytest.raises(WeightsError, match="cannot fetch .*model.safetensors .*retrieval incomplete"):
+        load("hf-hub:org/name")
+    assert not [*own_cache.rglob("*model*")] and not [*own_cache.rglob("tmp*")]
+    server.broken.clear()
+    check("hf-hub:org/name", "hf-clip-gelu")
+
+
+def test_default_weights_come_from_the_first_that_has_them(server, own_cache, tmp_path, monkeypatch):
+    """Ours, openai/CLIP's if its SHA-256 is right, the hub's, OpenAI's; with no network one line says all."""
+    archive, hub = clip_min.ARCHIVE, own_cache / "hub" / clip_min.VIT_B16
+    as_torchscript(tmp_path / "w.pt")
+    digest = clip_min.sha256_of(tmp_path / "w.pt")
+    monkeypatch.setattr(clip_min, "VIT_B16_SHA256", digest)
+    monkeypatch.setattr(clip_min, "OPENAI_SHA256", {digest})
+    with pytest.raises(WeightsError) as error:
+        load()
+    for word in (clip_min.HUB, clip_min.VIT_B16, hub, clip_min.VIT_B16_URL, archive.parent, clip_min.MERGES_URL,
+                 own_cache, "--dataset toy", "--weights tests/toy_clip.safetensors"):
+        assert str(word) in str(error.value)
+    assert "\n" not in str(error.value)
+    server.files["/ViT-B-16.pt"] = b"not the archive"
+    with pytest.raises(WeightsError, match="its SHA-256"):
+        load()
+    assert not archive.exists()
+    server.files["/ViT-B-16.pt"] = (tmp_path / "w.pt").read_bytes()
+    assert load()[0].config.image == 32 and archive.is_file(), "OpenAI's, where openai/CLIP looks for it too"
+    del server.asked[:]
+    assert load()[0].config.image == 32 and server.asked == [], "it is there"
+    archive.write_bytes(b"something else")
+    save_file(OPENAI, tmp_path / "open_clip_model.safetensors")
+    told = {"model_cfg": {"quick_gelu": True, "vision_cfg": {}, "text_cfg": {"heads": 1}}, "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
+    offer(server, clip_min.VIT_B16, tmp_path, "w.pt")
+    same(load()[0].encode_image(TINY["images"]), TINY["image_features"])
+    assert (hub / "open_clip_model.safetensors").is_file()
+    shutil.copy(TOY_CLIP, own_cache / "ViT-B-16.safetensors")
+    assert load()[0].config.image == 48, "what an earlier version kept"
+
+
+def test_openais_merges_are_fetched_where_they_are_missing(server, tmp_path, monkeypatch, own_cache):
+    merges = gzip.compress("\n".join(["#version", *(f"{i} {i}" for i in range(48894)), "more"]).encode())
+    toy_with(**{"token_embedding.weight": torch.zeros(49408, 64).half()})(tmp_path / "w")
+    monkeypatch.setattr(clip_min, "MERGES_SHA256", hashlib.sha256(merges).hexdigest())
+    refuses(tmp_path / "w", "cannot fetch", "404")
+    server.files["/merges.txt.gz"] = merges
+    assert load(tmp_path / "w")[1].end == 49407 and (own_cache / "merges.txt.gz").is_file()
+
+
+# -------------------------------------------------------------------------------------------- the command line
+
+def test_classify_and_convert_on_the_command_line(tmp_path, capsys):
+    Image.effect_noise((90, 60), 80).save(tmp_path / "a.png")
+    for name in ("toy", *NAMES):
+        weights = TOY_CLIP if name == "toy" else GOLDEN / name
+        clip_min.main(["classify", f"{tmp_path}/a.png", "a ring", "a star", "--weights", str(weights)])
+        lines = [line.split("%") for line in capsys.readouterr().out.splitlines()]
+        chances = [float(chance) for chance, _ in lines]
+        assert sorted(label.strip() for _, label in lines) == ["a ring", "a star"] and chances[0] >= chances[1]
+        assert (abs(sum(chances) - 100) < 0.02) == ("siglip" not in name), "SigLIP's are each by itself"
+    done = command("convert", TOY_CLIP, tmp_path / "b.safetensors", program="clip_min.py")
+    assert done.returncode == 0 and load(tmp_path / "b.safetensors")[0].config.image == 48, done.stderr
+    assert "classify" in command("--help", program="clip_min.py").stdout
+    (tmp_path / "text.png").write_text("no picture")
+    for argv, word in ((["convert", "none.pt", "b"], "no weights at none.pt"),
+                       (["convert", str(TOY_CLIP), str(tmp_path)], "irectory"),
+                       (["classify", f"{tmp_path}/text.png", "a", "--weights", str(TOY_CLIP)], "text.png")):
+        with pytest.raises(SystemExit, match="2"):
+            clip_min.main(argv)
+        error = capsys.readouterr().err
+        assert error.startswith("clip_min.py: error: ") and error.count("\n") == 1 and word in error
