@@ -38,11 +38,10 @@ from torch import Tensor
 from torchvision.datasets.folder import is_image_file
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "atha")
-say = cache(partial(print, file=sys.stderr))         # a line is said once
 nfc = partial(unicodedata.normalize, "NFC")          # a Mac's zip spells an accent as a character of its own
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Pictures or labels that cannot be had or used; the message is one line for the user."""
 
 
@@ -54,6 +53,12 @@ def digest(*what: object) -> str:
 def generator(*key: object) -> torch.Generator:
     """A random generator that depends on the key alone."""
     return torch.Generator().manual_seed(int(digest(*key)[:14], 16))
+
+
+@cache
+def say(line: str) -> None:
+    """Print a line on stderr, once."""
+    print(line, file=sys.stderr)
 
 
 class Progress:

@@ -1,424 +1,541 @@
-"""Datasets, episodes and augmentation."""
+"""Datasets, tasks and augmentation: kinds of folders and pictures, each with the right value."""
+import contextlib
+import functools
+import http.server
 import json
-import math
 import os
 import shutil
+import struct
+import threading
+import unicodedata
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import draw_pictures, from_environment, same
+import torchvision.transforms.functional as TF
+from conftest import from_environment, same
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, RandomResizedCrop, Resize
 
 import data
-from data import Batches, DataError, five_views, jitter, load, plain, random_crop, resize, toy_pictures
+from data import Batches, DataError, Pool, Task, load
+
+CONFIG = SimpleNamespace(image=24, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+toy_pool = functools.cache(lambda: load("toy"))
 
 
-def test_an_episode_depends_on_seed_and_number_alone():
-    pool = load("toy")
-    classes, support, query = pool.episode(7, way=4, shot=3, query=5, seed=2)
-    assert classes.shape == (4,) and support.shape == (4, 3) and query.shape == (4, 5) and len(set(classes.tolist())) == 4
-    rows = torch.cat([support, query], 1)
-    assert len(set(rows.flatten().tolist())) == 32 and (pool.labels[rows] == classes[:, None]).all()
-    again = load("toy").episode(7, way=4, shot=3, query=5, seed=2)
-    assert all(torch.equal(a, b) for a, b in zip((classes, support, query), again))
-    assert not torch.equal(support, pool.episode(8, 4, 3, 5, 2)[1]) and not torch.equal(support, pool.episode(7, 4, 3, 5, 3)[1])
-    counts = torch.bincount(torch.cat([pool.episode(n)[0] for n in range(400)]), minlength=16)
-    assert counts.min() > 80, "every class is drawn: 125 times of 400 on average"
-
-
-def test_toy_pictures_are_the_same_every_time_and_differ_by_domain():
-    a, labels = toy_pictures(3)
-    assert torch.equal(a, toy_pictures(3)[0]) and a.shape == (48, 3, 48, 48) and a.dtype == torch.uint8 and labels.tolist() == sorted(labels.tolist())
-    grey = toy_pictures(3, domain="target")[0].float()
-    assert grey.std(1).max() == 0 and toy_pictures(3, domain="source")[0].float().std(1).max() > 50
-
-
-def test_random_crop_of_a_ramp_shows_where_it_was_taken():
-    ramp = torch.linspace(0, 1, 64).expand(2, 3, 64, 64)                  # brightness is the x coordinate
-    u = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.9], [1.0, 0.5, 0.5, 0.5, 0.1]])   # half the area, at the left; all of it, flipped
-    crop, flipped = random_crop(ramp, u, 32)[:, 0, 16]
-    assert crop[0] == pytest.approx(0, abs=0.02) and crop[-1].item() == pytest.approx(math.sqrt(0.5), abs=0.02)
-    assert flipped[0] > 0.98 and flipped[-1] < 0.02
-
-
-def test_random_crops_stay_inside_and_within_their_limits():
-    torch.manual_seed(0)
-    x, y = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="xy")
-    crops = random_crop(torch.stack([x, y, 0 * x]).expand(500, 3, 64, 64), torch.rand(500, 5), 32)
-    width, height = (crops[:, c].flatten(1).max(1).values - crops[:, c].flatten(1).min(1).values for c in (0, 1))
-    assert (width * height).min() > 0.43 and 0.7 < (width / height).min() < 0.8 and 1.25 < (width / height).max() < 1.43
-    assert crops[:, :2].mean((2, 3)).std(0).min() > 0.03, "from left to right and from top to bottom"
-
-
-def test_resizing_averages_and_the_centre_crop_leaves_the_margin_out():
-    images = torch.zeros(1, 3, 256, 256, dtype=torch.uint8)
-    images[..., ::2] = 200
-    assert resize(images, 64).std().item() < 0.01, "antialiased: a fine grid becomes grey"
-    ramp = (torch.arange(257) / 257 * 255).to(torch.uint8).expand(1, 3, 257, 257)
-    middle = plain(ramp, 224, centre=True)
-    same(middle[0, 0, 0], ((ramp[0, 0, 0, 16:240] / 255) - data.MEAN[0]) / data.STD[0])
-
-
-def test_five_views_are_what_they_are_called():
-    torch.manual_seed(0)
-    images, u = torch.rand(2, 3, 3, 32, 32), torch.rand(2, 3, 8)
-    u[..., :2] = 0.5                                                      # angle 0
-    views = five_views(images, u).unflatten(1, (5, 3))
-    same(views[:, 0], images)
-    same(views[:, 2], images, 1e-4)
-    same(views[:, 1], jitter(images.flip(-1), 0.6 + 0.8 * u[..., 2:5]), 1e-4)
-    same(views[:, 3], jitter(images, 0.6 + 0.8 * u[..., 5:]), 1e-4)
-    same(views[:, 4], images.flip(-1))
-    turned = five_views(torch.ones(1, 1, 3, 64, 64), torch.ones(1, 1, 8))[0, 2]
-    assert turned.eq(0).float().mean().item() == pytest.approx(3 - 2 * 2 ** 0.5, abs=0.02), "45 degrees, its corners black"
-
-
-def test_jitter_by_one_changes_nothing_and_colour_zero_is_grey():
-    images = torch.rand(4, 3, 8, 8)
-    same(jitter(images, torch.ones(4, 3)), images)
-    grey = jitter(images, torch.tensor([1.0, 1, 0]).expand(4, 3))
-    assert grey.std(1).max() < 1e-6
-    same(jitter(images / 2, torch.tensor([1.5, 1, 1]).expand(4, 3)), 0.75 * images)
-    assert jitter(images, torch.tensor([1.0, 0, 1]).expand(4, 3)).flatten(1).std(1).max() < 1e-6
-
-
-def naive(images, labels, augment, step, *, steps, size, seeds, minibatch):
-    """A step of support sets (E, M, 3, S, S), one picture after another: (pictures, labels, un-augmented, rows shown)."""
-    found = []
-    for seed, pictures, own in zip(seeds, images, labels):
-        m = len(pictures)
-        shown = 5 * m if augment == "views" else m
-        rows = torch.arange(shown)
-        if 0 < minibatch < shown:
-            epochs = math.ceil(steps * minibatch / shown)
-            order = torch.rand(epochs, shown, generator=data.generator("order", seed)).argsort(-1).flatten()
-            rows = order[step * minibatch: (step + 1) * minibatch]
-        if augment == "views":
-            u = torch.rand(m, 8, generator=data.generator("views", seed))[None]
-            whole = data.normalize(five_views(resize(pictures, size)[None], u)[0])[rows]
-        elif augment == "crop":
-            u = torch.rand(steps, m, 5, generator=data.generator("crop", seed))[step, : len(rows)]
-            large = resize(pictures, min(pictures.shape[-1], math.ceil(size * 2 ** 0.5)))[rows]
-            whole = data.normalize(torch.stack([random_crop(x[None], v[None], size)[0] for x, v in zip(large, u)]))
-        else:
-            whole = plain(pictures, size, centre=True)[rows]
-        found.append((whole, own[rows % m], plain(pictures, size, augment == "none")[rows % m], rows))
-    return [torch.stack(part) for part in zip(*found)]
-
-
-@pytest.mark.parametrize("augment", ["none", "crop", "views"])
-@pytest.mark.parametrize("minibatch", [0, 3, 4, 7, 100])
-def test_batches_are_those_of_the_formulas_written_naively(augment, minibatch):
-    """Bit for bit, in any order of steps."""
-    torch.manual_seed(0)
-    pool, support = torch.randint(256, (20, 3, 40, 40), dtype=torch.uint8), torch.stack([torch.randperm(20)[:6] for _ in range(2)])
-    labels, seeds = torch.randint(3, (2, 6)), [(1, 0), (1, 1)]
-    batches = Batches(pool, support, labels, size=24, steps=9, seeds=seeds, augment=augment, minibatch=minibatch)
-    for step in (0, 1, 5, 2, 8, 8, 0):
-        wanted = naive(pool[support], labels, augment, step, steps=9, size=24, seeds=seeds, minibatch=minibatch)
-        pictures, truth = batches(step)
-        still, still_labels = batches.plain(step)
-        assert torch.equal(pictures, wanted[0]) and torch.equal(truth, wanted[1]) and torch.equal(batches.rows(step), wanted[3])
-        assert torch.equal(still_labels, labels.gather(1, batches.rows(step)[:, : still.shape[1]] % 6))
-        if batches.mini:
-            assert torch.equal(still, wanted[2]) and pictures.shape[1] == minibatch
-        else:
-            assert torch.equal(still, plain(pool[support], 24, augment == "none")) and still.shape[1] == 6
-
-
-def test_batches_of_a_task_are_its_own_whatever_trains_beside_it():
-    pool, support = torch.randint(256, (9, 3, 40, 40), dtype=torch.uint8), torch.tensor([[0, 1, 2, 3], [5, 6, 7, 8]])
-    labels = torch.arange(4).expand(2, -1)
-    both, alone = (Batches(pool, support[e:], labels[e:], size=32, steps=3, seeds=[(1, 0), (1, 1)][e:], minibatch=2) for e in (0, 1))
-    for step in range(3):
-        assert torch.equal(both(step)[0][1], alone(step)[0][0]) and torch.equal(both(step)[1][1], alone(step)[1][0])
-    assert not torch.equal(both.crops[:, 0], both.crops[:, 1]), "a fresh crop in every step"
-
-
-def test_minibatches_go_through_the_whole_set_before_they_repeat():
-    pool = 40 * torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(-1, 3, 8, 8)       # a picture says its label
-    every = torch.arange(6)[None]
-    batches = Batches(pool, every, every, size=8, steps=6, seeds=[0], augment="none", minibatch=2)
-    seen = [batches(step)[1].flatten().tolist() for step in range(6)]
-    assert sorted(sum(seen[:3], [])) == sorted(sum(seen[3:], [])) == list(range(6)) and seen[:3] != seen[3:]
-    x, y = batches(0)
-    same(x[..., 0, 0, 0] * data.STD[0] + data.MEAN[0], 40 * y / 255)
-
-
-class Counted:
-    """A pool's pictures that count how many of them are taken."""
-    def __init__(self, images):
-        self.images, self.most, self.shape = images, 0, images.shape
-
-    def __getitem__(self, rows):
-        self.most = max(self.most, rows.numel() if isinstance(rows, torch.Tensor) else 0)
-        return self.images[rows]
-
-
-def test_minibatches_take_no_more_pictures_than_they_show():
-    images, support = Counted(torch.zeros(60, 3, 8, 8, dtype=torch.uint8)), torch.arange(60).view(2, 30)
-    for augment in ("none", "crop", "views"):
-        batches = Batches(images, support, support % 3, size=8, steps=40, seeds=[0, 1], augment=augment, minibatch=4)
-        for step in range(40):
-            batches(step)
-            batches.plain(step)
-    assert images.most == 8
-    assert not any(isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel() > 2 * 40 * 4 * 5 for t in vars(batches).values())
-
-
-def test_the_smallest_area_of_a_crop_and_its_interpolation_are_options():
-    x, y = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="xy")
-    pool = torch.stack([x, y, 0 * x]).to(torch.uint8).expand(400, 3, 256, 256)
-    for area, bicubic in ((0.5, False), (0.08, False), (0.08, True)):
-        batches = Batches(pool, torch.arange(400)[None], torch.zeros(1, 400, dtype=torch.int64), size=16, steps=1, seeds=[0],
-                          area=area, bicubic=bicubic, mean=(0, 0, 0), std=(1, 1, 1))
-        seen = batches(0)[0][0]
-        spans = [seen[:, c].flatten(1).max(1).values - seen[:, c].flatten(1).min(1).values for c in (0, 1)]
-        areas = spans[0] * spans[1] * (16 / 15) ** 2
-        assert 0.85 * area < areas.min() < 1.2 * area + 0.02 and areas.max() > 0.9
-        assert 0 <= seen.min() and seen.max() <= 1, "bicubic overshoots, pictures do not"
-    edge = torch.zeros(1, 1, 3, 64, 64)
-    edge[..., 32:] = 1
-    u = torch.tensor([0.0, 0.5, 0.5, 0.5, 0.9]).expand(1, 1, 5)
-    assert not torch.equal(random_crop(edge, u, 64, 0.08, bicubic=True), random_crop(edge, u, 64, 0.08))
-
-
-# ------------------------------------------------------------------------------------------------ tasks and splits
-
-def test_a_task_is_the_episode_and_knows_its_labels():
-    pool = load("toy")
-    task = pool.task(3, way=4, shot=2, query=5, seed=7)
-    classes, support, query = pool.episode(3, 4, 2, 5, 7)
-    assert torch.equal(task.classes, classes) and torch.equal(task.support, support.flatten()) and torch.equal(task.query, query.flatten())
-    assert torch.equal(pool.labels[task.support], classes[task.labels]) and torch.equal(pool.labels[task.query], classes[task.truth])
-
-
-def pictures_of(root, counts):
-    """Toy pictures below root: {"folder": number}, each of its own brightness, which is returned by path."""
-    for at, (folder, count) in enumerate(counts.items()):
-        (root / folder).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (8, 8), (20 * at + i,) * 3).save(root / folder / f"{i}.png")
+def paint(root: Path, paths: str) -> Path:
+    """8 x 8 pictures below root, the n-th of brightness n."""
+    root.mkdir(parents=True, exist_ok=True)
+    for n, path in enumerate(paths.split()):
+        file = root / path.replace("%20", " ")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (n, n, n)).save(file)
     return root
 
 
-def entries(folder, label, name, numbers):
-    return [[f"{folder}/{i}.png", label, name] for i in numbers]
+def seen(pool: Pool) -> str:
+    """Brightness and class of every picture."""
+    return " ".join(f"{image[0, 0, 0]}{pool.classes[label]}" for image, label in zip(pool.images, pool.labels))
 
 
-def dtd(root):
-    """A made DTD with a split as CoOp writes it: 3 classes of 6, 5 and 4 pictures, 3, 2 and 1 of them in train."""
-    pictures_of(root / "DTD" / "images", {"banded": 6, "dotted": 5, "lined": 4})
-    parts = {"train": (3, 2, 1), "val": (1, 1, 1), "test": (2, 2, 2)}
-    split, start = {}, [0, 0, 0]
-    for part, counts in parts.items():
-        split[part] = []
-        for label, (name, count) in enumerate(zip(("banded", "dotted", "lined"), counts)):
-            split[part] += entries(name, label, name, range(start[label], start[label] + count))
-            start[label] += count
-    file = root / "DTD" / "split_zhou_DescribableTextures.json"
-    file.write_text(json.dumps(split))
-    return file, split
+# ------------------------------------------------------------------------------------------------------ tasks
+
+def test_the_toy_world_and_its_tasks_are_what_they_were():
+    pool, task = toy_pool(), toy_pool().task(3)
+    assert pool.images.shape == (3200, 3, 48, 48) and pool.images.dtype == torch.uint8
+    assert pool.images.double().mean().item() == pytest.approx(155.6555, abs=1e-3)
+    assert task.support.tolist() == [928, 136, 3099, 671, 2037]
+    assert task.query[:5].tolist() == [801, 883, 905, 947, 945]
 
 
-def test_a_split_of_ones_own(tmp_path, capsys):
-    _, split = dtd(tmp_path)
-    pool = load("dtd", tmp_path)
-    assert pool.classes == ["banded", "dotted", "lined"] and pool.prompt == "{} texture." and len(pool.images) == 12, "val is left out"
-    brightness = {picture: 20 * label + int(picture.split("/")[1][0]) for part in split.values() for picture, label, _ in part}
-    for part, rows in (("train", pool.train), ("test", pool.test)):
-        assert pool.images[rows, 0, 0, 0].tolist() == [brightness[picture] for picture, _, _ in split[part]]
-        assert pool.labels[rows].tolist() == [label for _, label, _ in split[part]]
-    assert sorted(torch.cat(pool.rows).tolist()) == sorted(pool.train.tolist())
-    capsys.readouterr()
-    tasks = [pool.split(shot, seed) for shot in (1, 2, 3) for seed in (1, 2, 3)]
-    for task, shot in zip(tasks, (1, 1, 1, 2, 2, 2, 3, 3, 3)):
-        assert task.classes.tolist() == [0, 1, 2] and torch.equal(task.query, pool.test) and torch.equal(task.truth, pool.labels[pool.test])
-        assert task.labels.tolist() == [c for c in range(3) for _ in range(shot)]
-        assert torch.equal(pool.labels[task.support], task.labels) and set(task.support.tolist()) <= set(pool.train.tolist())
-        assert len(set(task.support.tolist())) == sum(min(shot, n) for n in (3, 2, 1)) or shot > 2, "no picture twice where there are enough"
-    assert capsys.readouterr().err.count("'lined' has 1 pictures to learn from, not 2") == 1, "said once"
-    assert len({tuple(task.support.tolist()) for task in tasks[3:6]}) > 1 and torch.equal(pool.split(1, 2).support, tasks[1].support)
-    assert len(pool.episode(0, 2, 1, 2)[2]) == 2, "episodes are drawn from everything"
+def test_an_episode_depends_on_seed_and_number_alone():
+    pool = toy_pool()
+    task = pool.task(7, way=4, shot=3, query=5, seed=2)
+    rows = torch.cat([task.support, task.query])
+    assert len(rows.unique()) == 32 and len(task.classes.unique()) == 4
+    assert torch.equal(pool.labels[rows], task.classes[torch.cat([task.labels, task.truth])])
+    assert [*task.labels.bincount(), *task.truth.bincount()] == [3] * 4 + [5] * 4
+    same = [torch.equal(task.support, pool.task(*key).support) for key in ((7, 4, 3, 5, 2), (8, 4, 3, 5, 2),
+                                                                           (7, 4, 3, 5, 3))]
+    assert same == [True, False, False]
+    assert torch.cat([pool.task(n).classes for n in range(300)]).bincount().min() > 60, "94 on average"
+    with pytest.raises(DataError, match="16 classes, one of 200 pictures"):
+        pool.task(0, query=200)
 
 
-def test_a_class_that_cannot_be_learned_and_a_dataset_without_a_split_are_refused(tmp_path):
-    file, split = dtd(tmp_path)
-    split["train"] = split["train"][:-1]
-    file.write_text(json.dumps(split))
-    with pytest.raises(DataError, match="'lined' has no picture in the training split"):
-        load("dtd", tmp_path).split(1, 1)
-    with pytest.raises(DataError, match="no split of its own.*split_zhou_.*CoOp"):
-        load("toy").split(1, 1)
+LABELS = torch.tensor([0, 0, 0, 1, 1, 2])
 
 
-SPLITS = {    # what is done to the split, what must be said
-    "a picture that is not there": (lambda s: s["test"].append(["dotted/99.png", 1, "dotted"]), "dotted/99.png.*No such file"),
-    "labels from 1": (lambda s: [e.__setitem__(1, e[1] + 1) for part in s.values() for e in part], "3 labels are not 0 to 2: one is 3"),
-    "a label left out": (lambda s: [e.__setitem__(1, 2 * e[1]) for part in s.values() for e in part], "labels are not 0 to 2: one is 4"),
-    "one label, two names": (lambda s: s["test"][0].__setitem__(2, "lined"), "label 0 two names, 'banded' and 'lined'"),
-    "two labels, one name": (lambda s: [e.__setitem__(2, "same") for part in s.values() for e in part], "two labels one name"),
-    "in train and test": (lambda s: s["test"].append(s["train"][0]), "'images/banded/0.png' in train and in test"),
-    "of two classes": (lambda s: s["test"].append(["banded/0.png", 2, "lined"]), "'images/banded/0.png' as 'banded' and as 'lined'"),
-    "outside": (lambda s: s["test"].append(["../../x.png", 1, "dotted"]), "'images/../../x.png', which is outside"),
-    "an absolute path": (lambda s: s["test"].append(["/etc/passwd", 1, "dotted"]), "'/etc/passwd', which is outside"),
-    "a label in words": (lambda s: s["test"].append(["dotted/4.png", "1", "dotted"]), "does not hold train and test lists"),
-    "a label of true": (lambda s: s["test"].append(["dotted/4.png", True, "dotted"]), "does not hold train and test lists"),
-    "a short row": (lambda s: s["test"].append(["dotted/4.png", 1]), "does not hold train and test lists"),
-    "no test": (lambda s: s.pop("test"), "does not hold train and test lists"),
-    "an empty test": (lambda s: s.update(test=[]), "no pictures of train or of test"),
-    "a NUL": (lambda s: s["test"].append(["dotted/\0.png", 1, "dotted"]), "null (byte|character)"),
-    "a name of no text": (lambda s: [e.__setitem__(2, "\ud800") for part in s.values() for e in part if e[1] == 1], "UTF-8"),
+def small_pool(**how) -> Pool:
+    return Pool(torch.zeros(6, 3, 2, 2), LABELS, ["a", "b", "c"], "", **how)
+
+
+def test_a_split_draws_again_where_there_are_too_few():
+    pool = small_pool(truth=torch.tensor([2, 0]))
+    tasks = [pool.split(shot, seed) for shot in (1, 2, 3) for seed in range(4)]
+    for task in tasks:
+        assert torch.equal(LABELS[task.support], task.labels) and task.query.tolist() == [0, 1]
+        assert torch.equal(task.truth, pool.truth) and task.classes.tolist() == [0, 1, 2]
+    assert [len(task.support.unique()) for task in tasks[:8]] == [3] * 4 + [5] * 4
+    assert len(tasks[8].support) == 9 and len({tuple(task.support.tolist()) for task in tasks[:4]}) > 1
+    assert {*tasks[0].support.tolist()} < {*tasks[4].support.tolist()}
+    pool.classes.append("d")
+    with pytest.raises(DataError, match="class 'd' has no picture"):
+        pool.split(1, 1)
+
+
+def test_holding_out_leaves_every_class_a_picture():
+    task = small_pool().holdout(2, seed=1)
+    assert task.truth.tolist() == [0, 0, 1] and task.labels.tolist() == [0, 1, 2]
+    assert sorted([*task.support.tolist(), *task.query.tolist()]) == list(range(6))
+    assert torch.equal(LABELS[task.query], task.truth) and torch.equal(LABELS[task.support], task.labels)
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+NFC, NFD = (unicodedata.normalize(form, "p\u00eache") for form in ("NFC", "NFD"))
+LAYOUTS = {      # pictures, the n-th of brightness n; what is seen of them, or the word of what is said
+    "class folders": ("cat/a.png cat/b.JPG dog/c.png", "0cat 1cat 2dog"),
+    "hidden and litter": ("cat/a.png cat/._a.png .git/x.png __MACOSX/cat/a.png cat/@eaDir/a.png dog/.t/b.png "
+                          "dog/c.png #recycle/dog/d.png", "0cat 6dog"),
+    "a picture beside them": ("cat/a.png dog/c.png x.png", "0cat 1dog"),
+    "a folder deeper": ("cat/a.png cat/more/b.png dog/c.png", "0cat 2dog"),
+    "train and test": ("train/cat/a.png train/dog/b.png test/cat/c.png test/dog/d.png", "0cat 1dog 2cat 3dog"),
+    "Train and valid": ("Train/cat/a.png Train/dog/b.png valid/dog/c.png", "0cat 1dog 2dog"),
+    "all three": ("val/cat/v.png train/cat/a.png train/dog/b.png test/dog/c.png", "1cat 2dog 3dog"),
+    "test unlabelled": ("test/a.png train/cat/b.png train/dog/c.png val/cat/d.png", "1cat 2dog 3cat"),
+    "val and test unlabelled": ("test/a.png val/b.png train/cat/c.png train/dog/d.png", "2cat 3dog"),
+    "test beside classes": ("cat/a.png dog/b.png test/c.png", "0cat 1dog"),
+    "a class in test alone": ("train/cat/a.png train/dog/b.png test/dog/c.png test/x/d.png", "0cat 1dog 2dog"),
+    "a class called train": ("car/a.png train/b.png", "0car 1train"),
+    "accents in one part": (f"train/{NFD}/a.png train/x_y/b.png test/x_y/c.png", f"0{NFC} 1x_y 2x_y"),
+    "one folder too high": ("leaves/cat/a.png leaves/dog/b.png", "in leaves/cat/, leaves/dog/"),
+    "nested twice": ("seg_train/seg_train/cat/a.png seg_test/seg_test/cat/b.png", "in seg_test/seg_test/cat/"),
+    "Tiny ImageNet": ("train/n1/images/a.png val/images/b.png", "in train/n1/images/"),
+    "class/images": ("cat/images/a.png dog/images/b.png", "in cat/images/"),
+    "one heap": ("a.png b.png", "2 pictures"),
+    "two heaps": ("train/a.png test/b.png", "in test/, train/"),
+    "two spellings": ("red_cat/a.png red%20cat/b.png", "second folder"),
+    "two forms": (f"{NFD}/a.png {NFC}/b.png", "second folder"),
+    "nothing": ("", "no pictures"),
 }
 
 
-@pytest.mark.parametrize("case", SPLITS)
-def test_a_split_that_cannot_be_used_is_named(case, tmp_path, own_cache):
-    file, split = dtd(tmp_path)
-    SPLITS[case][0](split)
-    file.write_text(json.dumps(split))
-    with pytest.raises(DataError, match=SPLITS[case][1]) as e:
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layouts(case, tmp_path, capsys):
+    paths, wanted = LAYOUTS[case]
+    root = paint(tmp_path, paths)
+    if wanted[0].isdigit() and "pictures" not in wanted:
+        assert seen(load(str(root))) == seen(load(str(root))) == wanted
+        left = len(data.files_in(root)) > len(wanted.split())
+        assert capsys.readouterr().err.count("left out of") == left, "one line, once"
+    else:
+        with pytest.raises(DataError, match=wanted):
+            load(str(root))
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    root = paint(tmp_path, "cat/a.png St.%20Bernard/b.png cat/deep/c.png")
+    for name in ("cat/notes", "Thumbs.db", "cat/desktop.ini", "cat/.DS_Store"):
+        (root / name).touch()
+    assert len(load(str(root)).images) == 2
+    assert "1 pictures not right in a class folder, 3 other files, such as Thumbs.db" in capsys.readouterr().err
+    assert [path.name for path in data.pictures_in(root)] == ["b.png", "a.png", "c.png"]
+
+
+def test_fitting_leaves_the_test_part_and_broken_pictures_out(tmp_path):
+    root = paint(tmp_path, "train/cat/a.png train/cat/b.png train/dog/c.png test/dog/d.png")
+    (root / "train/cat/b.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="b.png: .*; 1 of 4 pictures of .* cannot be read"):
+        load(str(root))
+    broken = []
+    assert seen(load(str(root), broken=broken)) == "0cat 2dog" and len(broken) == 1 and "b.png" in broken[0]
+    (root / "train/cat/a.png").write_bytes(b"no picture")
+    assert load(str(root), broken=[]).classes == ["dog"]
+
+
+def test_the_cache_is_used_and_left_when_a_picture_changes(tmp_path, own_cache, capsys):
+    root = paint(tmp_path / "a", "cat/a.png cat/b.png dog/c.png")
+    first = load(str(root))
+    assert len(list(own_cache.iterdir())) == 1
+    assert torch.equal(load(f"{root}/../a/").images, first.images)
+    assert capsys.readouterr().err.count("decoding") == 1
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(root / "cat/b.png")
+    os.utime(root / "cat/b.png", ns=(1, 1))
+    assert seen(load(str(root))) == "0cat 9cat 2dog"
+    shutil.copytree(root, tmp_path / "b")
+    assert load(str(tmp_path / "b")).fingerprint == load(str(root)).fingerprint, "of what is in it, not where"
+    (tmp_path / "b/dog").rename(tmp_path / "b/cow")
+    assert load(str(tmp_path / "b")).fingerprint != load(str(root)).fingerprint
+
+
+def test_small_pictures_are_not_enlarged_and_large_ones_are_as_the_backbone_needs_them(tmp_path):
+    for n, size in enumerate([(90, 40), (30, 300), (20, 20)]):
+        (tmp_path / f"{n}").mkdir()
+        Image.new("RGB", size).save(tmp_path / f"{n}/a.png")
+    assert [load(str(tmp_path), size=size).images.shape[-1] for size in (None, 64, 280, 336)] == \
+        [256, 256, 280, 300]
+
+
+# ----------------------------------------------------------------------------------------------------- splits
+
+def coop(folder: Path, split: str, pictures: str, classes=("banded", "dotted")) -> dict:
+    """A set with CoOp's split: two classes of four, 0 and 1 to learn from, 2 in val, 3 to test on."""
+    paint(folder / pictures, " ".join(f"{name}/{n}.png" for name in classes for n in range(4)))
+    parts = {part: [[f"{name}/{n}.png", label, name] for label, name in enumerate(classes) for n in rows]
+             for part, rows in (("train", (0, 1)), ("val", (2,)), ("test", (3,)))}
+    (folder / split).write_text(json.dumps(parts))
+    return parts
+
+
+@pytest.mark.parametrize("name",
+                         "caltech101 cars dtd flowers food101 pets sun397 ucf101".split())
+def test_sets_with_coops_split_under_both_names(name, tmp_path):
+    known = data.DATASETS[name]
+    for n, folder in enumerate(known.folders.split()):
+        coop(tmp_path / str(n) / folder, **known.lister.keywords)
+        data.find([name], tmp_path / str(n), split=True)
+        pool = load(name, tmp_path / str(n), size=8, split=True)
+        assert seen(pool) == "0banded 1banded 4dotted 5dotted" and pool.sizes.tolist() == [[8, 8]] * 4
+        assert pool.queries[:, 0, 0, 0].tolist() == [3, 7] and pool.truth.tolist() == [0, 1]
+        assert len(load(name, tmp_path / str(n)).images) == 6, "episodes are drawn from both parts"
+
+
+@pytest.mark.parametrize("said, change", {       # what is done to a split file, and what is said
+    "listed twice": lambda s: s["test"].append(["./banded/0.png", 0, "banded"]),
+    "twice: as .*'banded'.* as .*'dotted'": lambda s: s["test"].append(["banded/3.png", 1, "dotted"]),
+    "1 of 7 pictures.*dotted/9.png": lambda s: s["test"].append(["dotted/9.png", 1, "dotted"]),
+    "not whole, KeyError 'test'": lambda s: s.pop("test"),
+    "not whole, TypeError": lambda s: s.update(test=3),
+}.items())
+def test_a_split_that_cannot_be_used_is_refused(said, change, tmp_path):
+    split = coop(tmp_path / "dtd", "split_zhou_DescribableTextures.json", "images")
+    change(split)
+    (tmp_path / "dtd/split_zhou_DescribableTextures.json").write_text(json.dumps(split))
+    with pytest.raises(DataError, match=said):
         load("dtd", tmp_path)
-    assert str(file) in str(e.value) or case == "a name of no text"
-    assert [p.name for p in (tmp_path / "DTD").iterdir() if p.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[" * 100000, '{"train": 3, "test": 4}', "\xff", "3", '{"train": "abc", "test": "abc"}'])
-def test_a_split_file_of_something_else(content, tmp_path):
-    file, _ = dtd(tmp_path)
-    file.write_text(content, encoding="latin-1")
-    with pytest.raises(DataError, match="does not hold|cannot read|no pictures"):
-        load("dtd", tmp_path)
-
-
-def test_a_split_that_is_not_there_is_refused_before_the_dataset_is_looked_at(tmp_path, monkeypatch):
-    split, got = tmp_path / "eurosat" / "split_zhou_EuroSAT.json", []
-    monkeypatch.setattr(data, "fetch", lambda *_: got.append(1))
-    data.check("eurosat", tmp_path)                                       # it would be fetched
-    for there in (False, True):
-        with pytest.raises(DataError, match="CoOp") as e:
-            data.check("eurosat", tmp_path, split=True)
-        assert f"needs {split}, " in str(e.value) if there else f"needs {tmp_path / 'eurosat'}" in str(e.value)
-        (tmp_path / "eurosat" / "2750").mkdir(parents=True, exist_ok=True)
-    split.touch()
-    data.check("eurosat", tmp_path, split=True)
-    for name in ("toy", "isic", "cropdiseases", "chestx"):
-        with pytest.raises(DataError, match="no split of its own"):
-            data.check(name, tmp_path, split=True)
-    assert got == []
-
-
-def test_what_is_missing_is_named_with_where_to_get_it(tmp_path):
-    for name in data.FSL[:3] + data.FSL[4:]:
-        known = data.DATASETS[name]
-        with pytest.raises(DataError) as e:
-            data.check(name, tmp_path)
-        assert str(tmp_path / known.folder) in str(e.value) and "CoOp" in known.source or name == "aircraft"
-        (tmp_path / known.folder).mkdir()
-        with pytest.raises(DataError) as e:
-            data.check(name, tmp_path)
-        assert str(tmp_path / known.folder / known.needs[0]) in str(e.value) and known.source in str(e.value)
-        for part in known.needs:
-            (tmp_path / known.folder / part).mkdir(exist_ok=True)
-        data.check(name, tmp_path)
-    assert len(data.FSL) == len(set(data.FSL)) == 11 and set(data.FSL) | set(data.PAPERS) == set(data.DATASETS)
-    assert all(data.DATASETS[name].prompt.count("{}") == 1 for name in data.FSL)
-
-
-@pytest.mark.parametrize("test", ["test", "val"])
-def test_class_folders_in_train_and_test(test, tmp_path, capsys):
-    counts = {"train/ant": 3, "train/bee": 2, f"{test}/bee": 2, f"{test}/ant": 1, "other/ant": 5}
-    pool = load(str(pictures_of(tmp_path / "own", counts)))
-    assert pool.classes == ["ant", "bee"] and len(pool.images) == 8
-    assert pool.images[pool.train, 0, 0, 0].tolist() == [0, 1, 2, 20, 21] and pool.labels[pool.train].tolist() == [0, 0, 0, 1, 1]
-    assert pool.images[pool.test, 0, 0, 0].tolist() == [60, 40, 41] and pool.labels[pool.test].tolist() == [0, 1, 1]
-    assert [len(rows) for rows in pool.rows] == [3, 2]
-    classes = pictures_of(tmp_path / "classes", {"train": 3, "test": 2})                   # vehicles and examinations, say
-    assert load(str(classes)).test is None and load(str(classes)).classes == ["test", "train"]
-    assert data.load_folder(tmp_path / "own").fingerprint == pool.fingerprint
+def test_eurosat_has_the_same_rows_with_a_split_however_its_paths_are_spelt(tmp_path):
+    file = tmp_path / "eurosat" / data.EUROSAT_SPLIT
+    coop(file.parent, file.name, "2750", ("AnnualCrop", "Forest"))
+    text = file.read_text().replace('"Forest/', '"./Forest//').replace("Crop/1", "Crop\\\\1")
+    file.unlink()
+    before = seen(load("eurosat", tmp_path))
+    with pytest.raises(DataError, match="no split"):
+        load("eurosat", tmp_path, split=True)
+    file.write_text(text)
+    assert seen(load("eurosat", tmp_path)) == before and before.endswith("3Annual Crop Land 4Forest 5Forest 6Forest 7Forest")
+    pool = load("eurosat", tmp_path, split=True)
+    assert seen(pool) == "0Annual Crop Land 1Annual Crop Land 4Forest 5Forest" and pool.truth.tolist() == [0, 1]
 
 
 def test_aircraft_and_imagenet(tmp_path):
-    planes = pictures_of(tmp_path / "fgvc_aircraft", {"images": 4})
-    for path in sorted((planes / "images").iterdir()):
-        Image.open(path).save(path.with_suffix(".jpg"), quality=100)
-    for name, lines in (("variants", ["F/A-18", "DC 3"]), ("images_variant_train", ["2 DC 3", "0 F/A-18"]),
-                        ("images_variant_val", []), ("images_variant_test", ["1 DC 3"])):
-        (planes / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
-    pool = load("aircraft", tmp_path)
-    assert pool.classes == ["F/A-18", "DC 3"] and pool.labels[pool.train].tolist() == [1, 0] and pool.images[pool.test, 0, 0, 0].tolist() == [1]
-    (planes / "images_variant_test.txt").write_text("1 DC 4\n")
-    with pytest.raises(DataError, match="'images/1.jpg' is of 'DC 4', which is none"):
-        load("aircraft", tmp_path)
-    net = pictures_of(tmp_path / "imagenet", {"train/n02": 2, "train/n01": 2, "val/n01": 1, "val/n02": 1})
-    (net / "classnames.txt").write_text("n01 great white shark\nn02 hen\n")
-    pool = load("imagenet", tmp_path)
-    assert pool.classes == ["great white shark", "hen"] and pool.images[pool.test, 0, 0, 0].tolist() == [40, 60]
-    (net / "classnames.txt").write_text("n01 sunglasses\nn02 sunglasses\n")
-    assert load("imagenet", tmp_path).classes == ["sunglasses", "sunglasses n02"], "as two of the real ones are"
-    (net / "classnames.txt").write_text("n01 great white shark\n")
-    with pytest.raises(DataError, match="is of 'n02', which is none of its classes"):
-        load("imagenet", tmp_path)
+    planes = paint(tmp_path / "fgvc_aircraft", "images/001.jpg images/002.jpg images/003.jpg")
+    (planes / "images_variant_train.txt").write_text("002 DC 3\n001 F/A-18\n")
+    (planes / "images_variant_test.txt").write_text("003 DC 3\n")
+    pool = load("aircraft", tmp_path, split=True)
+    assert seen(pool) == "1DC 3 0F/A-18" and pool.truth.tolist() == [0]
+    for inside in ("", "images/"):                             # CLIP-LoRA's folders and CoOp's
+        root = tmp_path / f"net{inside}"
+        net = paint(root / "imagenet", " ".join(f"{inside}{part}/n0{c}/a.JPEG" for part in ("train", "val")
+                                                for c in (1, 2, 3)))
+        (net / "classnames.txt").write_text("n01 great white shark\nn02 sunglasses\nn03 sunglasses\n")
+        pool = load("imagenet", root, split=True)
+        assert seen(pool) == "0great white shark 1sunglasses 2sunglasses n03" and pool.truth.tolist() == [0, 1, 2]
+    shutil.rmtree(net / "images/val")
+    paint(net / "images/val", "a.JPEG")                        # as the archive has them
+    assert len(load("imagenet", root).images) == 3
+    with pytest.raises(DataError, match="imagenet: no split"):
+        load("imagenet", root, split=True)
 
 
-def eurosat_sample(tmp_path):
-    """The sample in links, so that nothing is written beside it."""
-    root = from_environment("ATHA_DATA", "a folder with the datasets' samples").resolve()
-    (tmp_path / "eurosat").mkdir()
-    (tmp_path / "eurosat" / "2750").symlink_to(root / "eurosat" / "2750")
-    return tmp_path / "eurosat"
+def test_queries_are_openais_preparation_and_sizes_the_pictures_own(tmp_path):
+    for n, path in enumerate(("train/a", "train/b", "test/a", "test/b")):
+        (tmp_path / path).mkdir(parents=True)
+        TF.to_pil_image(torch.rand(3, 90 - 13 * n, 47 + 10 * n)).save(tmp_path / path / "x.png")
+    pool = load(str(tmp_path), size=32, split=True)
+    assert pool.images.shape == (2, 3, 90, 90) and pool.sizes.tolist() == [[90, 47], [77, 57]]
+    theirs = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32)])
+    for c, query in zip("ab", pool.queries):
+        assert torch.equal(query, TF.pil_to_tensor(theirs(Image.open(tmp_path / "test" / c / "x.png"))))
 
 
-def test_eurosat_with_a_split_has_the_episodes_that_it_had_without(tmp_path):
-    folder = eurosat_sample(tmp_path)
-    before = load("eurosat", tmp_path)
-    assert before.test is None
-    classes = sorted(p.name for p in (folder / "2750").iterdir())
-    order = {c: sorted(p.name for p in (folder / "2750" / c).iterdir()) for c in classes}
-    parts = {"train": slice(0, 50), "val": slice(50, 70), "test": slice(70, 100)}
-    split = {part: [[f"{c}/{name}", classes[::-1].index(c), data.EUROSAT.get(c, c)] for c in classes for name in order[c][span]]
-             for part, span in parts.items()}
-    (folder / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
-    pool = load("eurosat", tmp_path)
-    assert pool.fingerprint == before.fingerprint and pool.test is not None
-    assert all(torch.equal(a, b) for n in range(5) for a, b in zip(pool.episode(n), before.episode(n)))
-    assert len(pool.train) == 500 and len(pool.test) == 300 and pool.prompt == "a centered satellite photo of {}."
-    task = pool.split(4, 1)
-    assert len(task.support) == 40 and torch.equal(task.truth, torch.arange(10).repeat_interleave(30))
-    picture = data.decode(folder / "2750" / classes[0] / order[classes[0]][70], 64)
-    assert torch.equal(pool.images[pool.test[0]], picture)
-    first, names = f"2750/{split['train'][0][0]}", [data.EUROSAT.get(c, c) for c in classes]
-    split["train"][0][1:] = split["train"][-1][1:]
-    (folder / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
-    with pytest.raises(DataError, match=f"{first!r} as {names[0]!r} and as {names[-1]!r}"):
-        load("eurosat", tmp_path)
+# ------------------------------------------------------------------------------------------ known sets, fetched
+
+def test_chestx_takes_single_findings_wherever_they_lie(tmp_path):
+    root = paint(tmp_path / "ChestX", "images_001/images/a.png images_002/images/b.png images/c.png")
+    (root / "Data_Entry_2017.csv").write_text(
+        "Image Index,Finding Labels\na.png,Mass\nb.png,Nodule\nc.png,Mass|Hernia\nd.png,No Finding\n")
+    assert seen(load("chestx", tmp_path)) == "0Mass 1Nodule"
+    (root / "images_002/images/b.png").unlink()
+    with pytest.raises(DataError, match="1 of 2 pictures, such as b.png; get it by curl"):
+        load("chestx", tmp_path)
 
 
-def test_fingerprints_hold_what_they_should(tmp_path, monkeypatch):
-    """A copy with other times, or the folder spelled otherwise, is the same dataset; another picture or class is not."""
-    first = draw_pictures(tmp_path / "a", 2, 2)
-    shutil.copytree(first, tmp_path / "b", copy_function=shutil.copy)
-    for path in (tmp_path / "b").rglob("*.png"):
-        os.utime(path, (1, 1))
-    one = load(str(first)).fingerprint
-    assert load(str(tmp_path / "b")).fingerprint == load(f"{first}/../a/").fingerprint == one
-    monkeypatch.chdir(tmp_path)
-    assert load("a").fingerprint == one
-    (tmp_path / "b" / "circle").rename(tmp_path / "b" / "zero")
-    assert load(str(tmp_path / "b")).fingerprint != one
-    (first / "circle" / "00.png").unlink()
-    assert load(str(first)).fingerprint != one
+@pytest.mark.parametrize("name, classes, pictures, side", [
+    ("eurosat", 10, 1000, 64), ("cropdiseases", 8, 320, 256), ("isic", 7, 210, 224), ("chestx", 6, 224, 64)])
+def test_the_four_datasets_in_their_real_layouts(name, classes, pictures, side):
+    pool = load(name, from_environment("ATHA_DATA", "a folder with the datasets' samples"))
+    assert len(pool.classes) == classes and pool.images.shape == (pictures, 3, side, side)
+    assert pool.images.float().std() > 10 and pool.task(0, query=9).support.shape == (5,)
 
 
-@pytest.mark.parametrize("name, classes, pictures", [("eurosat", 10, 1000), ("cropdiseases", 8, 320), ("isic", 7, 210), ("chestx", 6, 224)])
-def test_the_four_datasets_in_their_real_layouts(name, classes, pictures, tmp_path):
-    root = from_environment("ATHA_DATA", "a folder with the datasets' samples").resolve()
-    folder = data.DATASETS[name].folder
-    (tmp_path / folder).mkdir()
-    for part in (root / folder).iterdir():                                # links, so that the cache is not written beside the samples
-        (tmp_path / folder / part.name).symlink_to(part)
-    pool = load(name, tmp_path)
-    assert len(pool.classes) == classes and len(pool.images) == pictures and pool.images.float().std() > 10
-    again = load(name, tmp_path)
-    drawn = torch.stack([again.episode(n)[1] for n in range(16)])
-    assert torch.equal(again.images[drawn], pool.images[drawn])
+def test_all_that_is_missing_is_named_and_what_can_be_fetched_is_not(tmp_path):
+    names = {"toy", "nonsense", *data.DATASETS}
+    assert names == {"toy", "nonsense", *data.GROUPS["all"], *data.GROUPS["all-fsl"]}
+    with pytest.raises(DataError, match="there are toy, eurosat.*or a folder") as e:
+        data.find(sorted(names), tmp_path)
+    assert {name for name in names if f"{name}: " in str(e.value)} == names - {"toy", "eurosat", "isic"}
+    with pytest.raises(DataError, match="toy: no split"):
+        data.find(["toy"], tmp_path, split=True)
+
+
+@contextlib.contextmanager
+def served(files: dict[str, bytes], breaks: int, monkeypatch, name: str):
+    """Files by HTTP, the first answers broken off in the middle, as a set's archives; gives what is asked for."""
+    log = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            log.append(self.path[1:])
+            content = files[log[-1]]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2] if len(log) <= breaks else content)
+
+        def log_message(self, *_):
+            pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    known = data.DATASETS[name]._replace(archives=[f"http://127.0.0.1:{server.server_port}/{f}" for f in files])
+    monkeypatch.setitem(data.DATASETS, name, known)
+    yield log
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_is_half_there_is_fetched_and_a_broken_download_begins_again(tmp_path, monkeypatch, capsys):
+    truth, pictures = (f"ISIC2018_Task3_Training_{part}" for part in ("GroundTruth", "Input"))
+    whole = paint(tmp_path / "whole", " ".join(f"{pictures}/{n}.jpg" for n in range(7)))
+    (whole / truth).mkdir()
+    rows = [",".join(["image", *data.ISIC]), *(f"{n}," + ",".join(f"{n == c:.1f}" for c in range(7))
+                                               for n in range(7))]
+    (whole / truth / f"{truth}.csv").write_text("\n".join(rows), encoding="utf-8-sig")
+    files = {f"{name}.zip": Path(shutil.make_archive(tmp_path / name, "zip", whole, name)).read_bytes()
+             for name in (truth, pictures)}
+    with served(files, 2, monkeypatch, "isic") as log:
+        pool = load("isic", tmp_path)                                     # nothing is there
+        assert seen(pool) == " ".join(f"{n}{name}" for n, name in enumerate(data.ISIC.values()))
+        assert log == [f"{truth}.zip"] * 3 + [f"{pictures}.zip"] and "CC BY-NC" in capsys.readouterr().err
+        assert sorted(os.listdir(tmp_path / "ISIC")) == [truth, pictures]
+        (tmp_path / "ISIC" / pictures / "3.jpg").unlink()                 # half unpacked
+        assert seen(load("isic", tmp_path)) == seen(load("isic", tmp_path)) == seen(pool)
+        assert log[4:] == [*files], "once"
+    shutil.rmtree(tmp_path / "ISIC" / pictures)
+    with pytest.raises(DataError, match="cannot download .*run again.*challenge.isic-archive.com"):
+        load("isic", tmp_path)
+    for name, content in files.items():                                   # of a run that was ended
+        (tmp_path / "ISIC" / f".{name}").write_bytes(content)
+    assert seen(load("isic", tmp_path)) == seen(pool)
+
+
+def test_a_web_page_or_a_damaged_archive_is_no_dataset(tmp_path, monkeypatch):
+    (tmp_path / "zip/2750/Forest").mkdir(parents=True)
+    (tmp_path / "zip/2750/Forest/a.png").write_bytes(bytes(range(250)) * 9)
+    archive = Path(shutil.make_archive(tmp_path / "EuroSAT", "zip", tmp_path / "zip")).read_bytes()
+    for content in (b"<html>", archive[:150] + b"?" + archive[151:]):
+        with served({"EuroSAT.zip": content}, 0, monkeypatch, "eurosat"), \
+                pytest.raises(DataError, match="cannot download"):
+            load("eurosat", tmp_path)
+        assert not (tmp_path / "eurosat/2750").exists()
+    assert not (tmp_path / "eurosat/.EuroSAT.zip").exists(), "it would be believed whole"
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+RAMP = np.linspace(0, 1, 3600).reshape(60, 60)
+
+
+def numbers(scale: float, dtype: str, mode=None, **how):
+    """Writes the ramp as numbers from 0 to scale."""
+    def write(path):
+        image = Image.fromarray((RAMP * scale).astype(dtype))
+        (image.convert(mode) if mode else image).save(path, **how)
+    return write
+
+
+def png(scale: float, colour: int, channels: int):
+    """Writes the ramp as a PNG of 16 bits a channel, by hand: Pillow writes grey ones alone."""
+    def write(path):
+        pixels = np.repeat((RAMP * scale).astype(">u2")[..., None], channels, 2)
+        chunks = {b"IHDR": struct.pack(">IIBBBBB", 60, 60, 16, colour, 0, 0, 0), b"IEND": b"",
+                  b"IDAT": zlib.compress(b"".join(b"\0" + row.tobytes() for row in pixels))}
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(chunks[kind])) + kind + chunks[kind]
+            + struct.pack(">I", zlib.crc32(kind + chunks[kind])) for kind in (b"IHDR", b"IDAT", b"IEND")))
+    return write
+
+
+PICTURES = {     # how a ramp from black to white is written
+    **{f"{mode}{ending}": numbers(255, "uint8", mode) for mode, endings in {
+        "L": ".png .jpg .tif .bmp .pgm", "RGB": ".png .jpg .tif .bmp .ppm .webp", "P": ".png .gif", "LA": ".png",
+        "RGBA": ".png .webp .tif", "CMYK": ".jpg .tif"}.items() for ending in endings.split()},
+    "gif.jpg": numbers(255, "uint8", "P", format="GIF"),
+    **{f"16{ending}": numbers(65535, "uint16") for ending in (".png", ".tif", ".pgm")},
+    "16 rgb.png": png(65535, 2, 3), "16 rgba.png": png(65535, 6, 4), "16 la.png": png(65535, 4, 2),
+    "12 told.pgm": lambda path: path.write_bytes(
+        b"P5 60 60 4095\n" + (RAMP * 4095).astype(">u2").tobytes()),
+}
+REFUSED = {
+    "12 in 16.png": numbers(4095, "uint16"), "10 in 16.tif": numbers(1023, "uint16"),
+    "12 in 16 rgb.png": png(4095, 2, 3), "8 in 32.tif": numbers(255, "int32"),
+    "32.tif": numbers(2 ** 31 - 1, "int32"), "signed.tif": numbers(-40000, "int32"),
+    "to 1.tif": numbers(1, "float32"), "to 255.tif": numbers(255, "float32"),
+    "text.png": lambda path: path.write_text("no picture"), "not there.png": lambda path: None,
+    "eps.png": lambda path: Image.new("RGB", (8, 8)).save(path, format="EPS"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_of_every_kind_are_shown_rightly_and_refused_when_cut(name, tmp_path):
+    PICTURES[name](tmp_path / name)
+    error = (data.decode(tmp_path / name, 60).float() - torch.from_numpy(RAMP * 255)).abs()
+    assert error.shape == (3, 60, 60) and error.mean() < 4 and error.max() < 26
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=f"cannot read .*{name}: ."):
+        data.decode(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_shown_rightly_is_refused_in_one_line(name, tmp_path):
+    REFUSED[name](tmp_path / name)
+    with pytest.raises(DataError, match=f"cannot read .*{name}: .") as e:
+        data.decode(tmp_path / name, 60)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("turn", range(10))
+def test_pictures_stand_upright_whatever_else_their_metadata_hold(turn, tmp_path):
+    wanted = Image.fromarray((np.add.outer(RAMP[:40, 0], 0.5 * RAMP[0, :30]) * 160).astype("uint8"))
+    wanted.paste(255, (0, 0, 12, 12))
+    undo = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+            7: "TRANSVERSE", 8: "ROTATE_270"}
+    stored = wanted.transpose(Image.Transpose[undo[turn]]) if turn in undo else wanted
+    tags = struct.pack("<HHHIHHHHIII", 2, 0x112, 3, 1, turn, 0, 0x11A, 5, 1, 9999, 0)        # 9999: nowhere
+    for exif in (b"II*\0\x08\0\0\0" + tags, bytes(range(40))):
+        stored.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif, quality=95)
+        shown = TF.to_tensor(data.open_picture(tmp_path / "a.jpg"))
+        same(shown, TF.to_tensor(wanted).expand(3, -1, -1), 0.1)
+        wanted = stored                                        # of metadata that say nothing
+
+
+# ----------------------------------------------------------------------------------------------- augmentation
+
+def torchvision_box(sides: tuple[int, int], u: torch.Tensor, least: float, monkeypatch) -> list[int]:
+    """Top, left, height, width by torchvision, its chance replaced by u (22,)."""
+    tries, places = iter(u[:20].view(2, 10).T.flatten().tolist()), iter(u[20:].tolist())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "uniform_", lambda x, low, high: x.fill_(low + (high - low) * next(tries)))
+        patch.setattr(torch, "randint", lambda low, high, size: torch.tensor([int(next(places) * high)]))
+        return [*RandomResizedCrop.get_params(torch.empty(3, *sides), (least, 1), (3 / 4, 4 / 3))]
+
+
+@pytest.mark.parametrize("sides", [(375, 500), (64, 64), (40, 300), (300, 40)])
+def test_boxes_are_torchvisions_given_the_same_numbers(sides, monkeypatch):
+    u = torch.rand(100, 22, generator=torch.Generator().manual_seed(0))
+    for least in (0.08, 0.9):
+        corners, boxes = data.crop_boxes(torch.tensor(sides).expand(100, 2), u, least)
+        theirs = [torchvision_box(sides, one, least, monkeypatch) for one in u]
+        assert torch.cat([corners, boxes], 1).int().tolist() == theirs
+    assert max(sides) == 300 or len(set(map(tuple, theirs))) > 50
+
+
+@pytest.mark.parametrize("mode, edge", [("bilinear", 7), ("bicubic", 10)])    # torchvision sees no further
+def test_crops_show_what_torchvisions_show(mode, edge):
+    torch.manual_seed(0)
+    images, u, sides = torch.rand(20, 3, 64, 64), torch.rand(20, 23), torch.full((20, 2), 64)
+    crops = data.random_crop(images, u, sides, 64, 0.08, mode == "bicubic")
+    places = torch.cat(data.crop_boxes(sides, u, 0.08), 1).int().tolist()
+    for image, crop, place, flip in zip(images, crops, places, u[:, 22] < 0.5):
+        wanted = TF.resized_crop(image, *place, [64, 64], InterpolationMode(mode), False).clamp(0, 1)
+        wanted = TF.hflip(wanted) if flip else wanted
+        same(crop[:, edge: -edge, edge: -edge], wanted[:, edge: -edge, edge: -edge], 1e-4)
+
+
+def test_crops_are_of_the_picture_before_it_was_squashed_and_large_ones_are_averaged():
+    x = torch.linspace(0.5 / 90, 1 - 0.5 / 90, 90).expand(99, 1, 90, 90)              # 360 x 120, squashed
+    u, sides = torch.rand(99, 23, generator=torch.Generator().manual_seed(1)), torch.tensor([[120, 360]] * 99)
+    crops = data.random_crop(torch.cat([x.mT, x, x], 1), u, sides, 90)[:, :2]          # rows y and x
+    corners, boxes = (values / sides for values in data.crop_boxes(sides, u))
+    assert (crops.amin((2, 3)) - corners - boxes / 180).abs().max() < 0.007
+    assert (crops.amax((2, 3)) - corners - boxes + boxes / 180).abs().max() < 0.007
+    stripes, u = (torch.arange(256) % 2.0).expand(1, 3, 256, 256), torch.full((1, 23), 0.5)
+    whole = data.random_crop(stripes, u, torch.tensor([[256, 256]]), 32, 1)
+    assert (whole - 0.5).abs().max() < 0.02
+
+
+def test_released_views_are_torchvisions_in_the_releases_order():
+    image = torch.randint(256, (3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for u, flip in (((0.9, 0.1, 0.6, 0.8, 0.49), TF.hflip), ((0.2, 0.7, 0.3, 0.5, 0.51), lambda x: x)):
+        def jitter(x):
+            x = TF.adjust_contrast(TF.adjust_brightness(x, 0.6 + 0.8 * u[1]), 0.6 + 0.8 * u[2])
+            return TF.adjust_saturation(x, 0.6 + 0.8 * u[3])
+        turned = TF.rotate(image, 90 * u[0] - 45)              # nearest neighbour, black outside
+        for view, wanted in enumerate((image, flip(jitter(turned)), turned, jitter(image), flip(image))):
+            assert (data.released_view(image, view, u).int() - wanted.int()).abs().max() <= 1
+
+
+def batches(augment: str, minibatch: int, tasks: int = 2, images=None, **how) -> Batches:
+    """Nine steps on tasks of ten pictures, if none are given picture n of brightness 10 n + 20, label n."""
+    every = torch.arange(10)
+    images = (10 * every + 20).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 30, 30) if images is None else images
+    recipe = SimpleNamespace(steps=9, augment=augment, minibatch=minibatch, crop_area=0.08, bicubic=True)
+    return Batches(Pool(images, every, [], "", **how), [Task(*[every] * 5)] * tasks, range(tasks), recipe, CONFIG)
+
+
+@pytest.mark.parametrize("augment, whole", [("none", 10), ("crop", 10), ("views", 50)])
+@pytest.mark.parametrize("minibatch", [0, 4, 13, 100])
+def test_batches_show_every_picture_once_an_epoch_and_the_same_when_asked_again(augment, whole, minibatch):
+    made, alone = batches(augment, minibatch), batches(augment, minibatch, 1)
+    shown, steps = min(minibatch or whole, whole), [made(number) for number in range(9)]
+    epoch = -(-whole // shown)
+    assert made.shown == shown
+    for number in (5, 0, 8):
+        for a, b, c in zip(steps[number], made(number), alone(number)):
+            assert torch.equal(a, b) and torch.equal(a[:1], c), "whatever is beside it"
+    for number, (pictures, labels, plain, plain_labels) in enumerate(steps):
+        b = shown if (number + 1) % epoch else whole - (epoch - 1) * shown            # what is left, at the end
+        k = 10 if epoch == 1 else b
+        assert pictures.shape == (2, b, 3, 24, 24) and torch.equal(plain_labels, labels[:, :k])
+        assert plain.shape == (2, k, 3, 24, 24)
+        for images, truth in ((plain, plain_labels), (pictures, labels))[: 1 if whole == 50 else 2]:
+            middle = (images[:, :, 0, 12, 12] * CONFIG.std[0] + CONFIG.mean[0]) * 255
+            assert (middle - 10 * truth - 20).abs().max() < 0.6
+    for start in range(0, 10 - epoch, epoch):
+        counts = torch.cat([labels for _, labels, *_ in steps[start: start + epoch]], 1)
+        assert all(row.bincount().tolist() == [whole // 10] * 10 for row in counts)
+    if epoch > 1:
+        assert not torch.equal(*steps[0][1]), "another seed, another order"
+        assert epoch > 8 or not torch.equal(steps[0][1], steps[epoch][1]), "another epoch, another order"
+
+
+def test_a_steps_pictures_are_those_of_the_formulas():
+    images = torch.randint(256, (10, 3, 30, 30), dtype=torch.uint8)
+    sizes, mean, std = torch.tensor([[30, 60]] * 10), *(torch.tensor(CONFIG.mean), torch.tensor(CONFIG.std))
+    crops = torch.rand(9, 10, 23, generator=data.generator("crop", 0))[2]
+    views = torch.rand(5, 10, 5, generator=data.generator("views", 0)).tolist()
+    wanted = {"none": TF.center_crop(TF.resize(images / 255, [28, 28]), [24, 24]),
+              "crop": data.random_crop(images / 255, crops, sizes, 24, 0.08, True),
+              "views": torch.stack([data.released_view(image, v, u) for v, row in enumerate(views) for image, u
+                                    in zip(data.TF.resize(images, 24), row)]) / 255}
+    for augment, pictures in wanted.items():
+        made = batches(augment, 0, 1, images, sizes=sizes)
+        same(made(2)[0][0], ((pictures.movedim(1, -1) - mean) / std).movedim(-1, 1))
+        assert torch.equal(made(2)[0], made(1)[0]) == (augment != "crop"), "crops are fresh in every step"
