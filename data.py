@@ -7,8 +7,6 @@
 In this order: pools and tasks, what is in a folder, the known sets, reading pictures, augmentation. Every
 picture is decoded once, to S x S, into a file in the cache that later runs map into memory.
 """
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -69,7 +67,7 @@ class Progress:
         self.begun = self.said = time.monotonic()
         say(f"{what}: {total} to do")
 
-    def __call__(self, done: float, more: str = "") -> None:
+    def __call__(self, done: float, more=""):
         now = time.monotonic()
         if done and now - self.said > 5:
             self.said = now
@@ -161,19 +159,19 @@ LITTER = {*"__MACOSX @eaDir #recycle $RECYCLE.BIN lost+found".split()}    # of m
 TEST = "test val valid validation".split()                # what people call the part that is tested on
 
 
-def files_in(folder: str | Path) -> list[Path]:
+def files_in(folder: Path) -> list:
     """Paths of all files below a folder, sorted, without hidden ones and litter."""
     paths = map(Path, glob("**", root_dir=folder, recursive=True))
     return sorted(path for path in paths if not LITTER & {*path.parts}
                   and (is_image_file(path.name) or Path(folder, path).is_file()))
 
 
-def pictures_in(folder: str | Path) -> list[Path]:
+def pictures_in(folder: Path) -> list:
     """All pictures below a folder, sorted, without hidden ones and litter."""
     return [Path(folder, path) for path in files_in(folder) if is_image_file(path.name)]
 
 
-def list_folders(root: Path, under: str = "", names: dict = {}) -> Rows:
+def list_folders(root: Path, under: str = "", names={}) -> Rows:
     """Class folders, each called as in names; or train/ and test/ (or val/) that hold them: the split.
 
     Where train/ holds class folders, nothing beside it is a class; of a test part, such classes count alone.
@@ -215,8 +213,8 @@ def list_imagenet(root: Path) -> Rows:
 
 
 def list_aircraft(root: Path) -> Rows:
-    """Lists of FGVC-Aircraft: a picture's name, a space, its variant."""
-    return [(part, f"images/{line.split()[0]}.jpg", line.split(" ", 1)[1]) for part in ("train", "test")
+    """Lists of FGVC-Aircraft: a picture's seven digits, a space, its variant."""
+    return [(part, f"images/{line[:7]}.jpg", line[8:]) for part in ("train", "test")
             for line in (root / f"images_variant_{part}.txt").read_text().splitlines()]
 
 
@@ -263,14 +261,14 @@ def once(rows: Rows) -> Rows:
     return [*known.values()]
 
 
-EUROSAT = {"AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
-           "Highway": "Highway or Road", "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
-           "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings",
-           "SeaLake": "Sea or Lake"}
+EUROSAT = dict(pair.split("=") for pair in (
+    "AnnualCrop=Annual Crop Land|HerbaceousVegetation=Herbaceous Vegetation Land|Highway=Highway or Road|"
+    "Industrial=Industrial Buildings|Pasture=Pasture Land|PermanentCrop=Permanent Crop Land|"
+    "Residential=Residential Buildings|SeaLake=Sea or Lake").split("|"))
 EUROSAT_SPLIT = "split_zhou_EuroSAT.json"
-ISIC = {"MEL": "Melanoma", "NV": "Melanocytic Nevus", "BCC": "Basal Cell Carcinoma",
-        "AKIEC": "Actinic Keratosis", "BKL": "Benign Keratosis", "DF": "Dermatofibroma",
-        "VASC": "Vascular Lesion"}
+ISIC = dict(pair.split("=") for pair in (
+    "MEL=Melanoma|NV=Melanocytic Nevus|BCC=Basal Cell Carcinoma|AKIEC=Actinic Keratosis|BKL=Benign Keratosis|"
+    "DF=Dermatofibroma|VASC=Vascular Lesion").split("|"))
 CHESTX = "Atelectasis|Cardiomegaly|Effusion|Infiltration|Mass|Nodule|Pneumothorax".split("|")
 
 
@@ -281,12 +279,11 @@ class Dataset(NamedTuple):
     folders: str
     lister: object
     source: str
-    prompt: str | None = None
+    prompt: str = None
     archives: tuple = ()
 
 
 COOP = "as DATASETS.md in github.com/KaiyangZhou/CoOp says"
-NO_SPLIT = f"no split: give train/ and test/ with folders of the same classes, or a split_zhou_*.json, {COOP}"
 KAGGLE = "get it by curl -L -o a.zip https://www.kaggle.com/api/v1/datasets/download/"
 EUROSAT_ZIP = (f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/datasets/torchgeo/eurosat/"
                "resolve/c877bcd43f099cd0196738f714544e355477f3fd/EuroSAT.zip")
@@ -326,7 +323,7 @@ OWN = Dataset("", list_folders, f"there are toy, {', '.join(DATASETS)}, or a fol
 TOY = Path(__file__).resolve().parent / "tests"                          # toy_world.py, toy_clip.safetensors
 
 
-def look(name: str, root: str | Path, split: bool) -> tuple[Path, Rows]:
+def look(name: str, root: Path, split: bool) -> tuple[Path, Rows]:
     """A dataset's folder and what is in it, fetched if it is not there and can be. Raises DataError."""
     known = DATASETS.get(name, OWN)
     places = [Path(root, folder) for folder in known.folders.split()] or [Path(name)]
@@ -337,13 +334,16 @@ def look(name: str, root: str | Path, split: bool) -> tuple[Path, Rows]:
             if lost := [path for _, path, _ in rows if not (folder / path).is_file()]:
                 raise FileNotFoundError(f"{len(lost)} of {len(rows)} pictures, such as {lost[0]}")
             break
+        except DataError:
+            raise
         except (OSError, LookupError, TypeError, ValueError) as e:
             if not url:
                 raise DataError(f"{name}: {folder} is not whole, {type(e).__name__} {e}; "
                                 f"{known.source}") from e
         fetch(url, folder, known)
     if split and not {"train", "test"} <= {part for part, _, _ in rows}:
-        raise DataError(f"{name}: {NO_SPLIT}")
+        raise DataError(f"{name}: no split: give train/ and test/ with folders of the same classes, or a "
+                        f"known set's split_zhou_*.json, {COOP}")
     return folder, rows
 
 
@@ -365,7 +365,7 @@ def fetch(url: str, folder: Path, known: Dataset) -> None:
     archive, place = folder / f".{Path(url).name}", folder / ".unpacked"
     say(f"fetching {url} into {folder} ({known.source})")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         for _ in range(5):                                               # connections break
             if not zipfile.is_zipfile(archive):
                 torch.hub.download_url_to_file(url, str(archive))
@@ -379,8 +379,7 @@ def fetch(url: str, folder: Path, known: Dataset) -> None:
         raise DataError(f"cannot download {url} ({e}): run again, or {known.source}, into {folder}") from e
 
 
-def load(name: str, root="datasets", size=None, split=False,
-         broken=None) -> Pool:
+def load(name: str, root="datasets", size=None, split=False, broken=None) -> Pool:
     """The dataset called `name` under root, fetched at need; or "toy"; or the folder at the path `name`.
 
     size: pixels a side of the backbone at hand, 224 if None; split: for Pool.split. A list as broken is given
@@ -412,7 +411,7 @@ FORMATS = "JPEG PNG PPM BMP TIFF WEBP GIF".split()
 UNCLEAR = "nothing says which of its numbers is white: keep it with 8 bits, or all 16, a channel"
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
     """A picture of FORMATS as RGB, upright by its EXIF orientation. Raises DataError naming the file.
 
     Of 16 bits a channel the upper 8 are kept. Refused is what would come out dark, as nothing says which
@@ -443,12 +442,12 @@ def fitted(image: Image.Image, size: int, centre=False) -> Tensor:
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
 
-def decode(path: str | Path, size=256) -> Tensor:
+def decode(path: Path, size=256) -> Tensor:
     """A picture file squashed to (3, size, size) uint8. Raises DataError naming the file."""
     return fitted(open_picture(path), size)
 
 
-def decoded(folder: Path, rows: Rows, size: int, centre=False, broken=None) -> tuple[Rows, Tensor, Tensor]:
+def decoded(folder: Path, rows: Rows, size: int, centre=False, broken=None) -> tuple:
     """Rows whose pictures can be read, those mapped as (N, 3, S, S) uint8, the bytes of their sides (N, 16).
 
     S is size, or less for the sake of small pictures. They are decoded once, by threads, into a file that is
@@ -467,12 +466,12 @@ def decoded(folder: Path, rows: Rows, size: int, centre=False, broken=None) -> t
         with suppress(Exception):
             sides += Image.open(folder / path).size
     size = size if centre else min(max(sides, default=size), size)
-    stats = [(s.st_size, s.st_mtime_ns) for s in (os.stat(folder / path) for _, path, _ in rows)]
+    stats = [(s.st_size, s.st_mtime_ns) for s in map(os.stat, (folder / path for _, path, _ in rows))]
     file = CACHE / f"{digest(1, PIL.__version__, folder.resolve(), rows, stats, size, centre)}.u8"
     part = file.with_suffix(f".{os.getpid()}")
     try:
         if not file.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
+            os.makedirs(CACHE, exist_ok=True)
             good, progress = [], Progress(f"decoding pictures of {folder}", len(rows))
             with open(part, "wb") as out:
                 for row, record in zip(rows, threads.map(read, rows)):
@@ -480,18 +479,19 @@ def decoded(folder: Path, rows: Rows, size: int, centre=False, broken=None) -> t
                     good += [row] if record else []
                     progress(len(good))
             if good == rows != []:
-                os.replace(part, file)
+                part.replace(file)
             elif broken is None or not good:
                 raise DataError(f"{'; '.join(problems[:5])}; {len(problems)} of {len(rows)} pictures of "
                                 f"{folder} cannot be read")
             else:
+                say(f"left out: {'; '.join(problems)}")
                 broken += problems
                 file = part
         whole = torch.from_file(str(file), True, len(good) * (16 + 3 * size * size), dtype=torch.uint8)
+        whole = whole.view(len(good), -1)
     finally:
         threads.shutdown(cancel_futures=True)
         part.unlink(missing_ok=True)
-    whole = whole.view(len(good), -1)
     return good, whole[:, 16:].unflatten(1, (3, size, size)), whole[:, :16]
 
 
@@ -499,7 +499,7 @@ def decoded(folder: Path, rows: Rows, size: int, centre=False, broken=None) -> t
 
 def normalize(images: Tensor, config) -> Tensor:
     """(..., 3, S, S) in 0..1 -> normalised by the mean and std of a backbone's config."""
-    channels = zip(images.unbind(-3), config.mean, config.std)      # no tensor that a GPU would wait for
+    channels = zip(images.unbind(-3), config.mean, config.std)           # numbers: a GPU waits for tensors
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], -3)
 
 
@@ -510,7 +510,7 @@ def plain(images: Tensor, config, centre=False) -> Tensor:
     return normalize(TF.center_crop(whole, size), config)
 
 
-def crop_boxes(sides: Tensor, u: Tensor, least=0.08) -> tuple[Tensor, Tensor]:
+def crop_boxes(sides: Tensor, u: Tensor, least=0.08) -> tuple:
     """Boxes as torchvision's RandomResizedCrop draws them: top left corners, heights and widths, (B, 2) each.
 
     sides (B, 2): the pictures' heights and widths. u (B, 22) in 0..1: ten areas (least..1), ten ratios
@@ -544,7 +544,7 @@ def random_crop(images: Tensor, u: Tensor, sides: Tensor, size: int, least=0.08,
     return F.avg_pool2d(crops, finer).clamp(0, 1)                                    # bicubic overshoots
 
 
-def released_view(image: Tensor, view: int, u: list) -> Tensor:
+def released_view(image: Tensor, view: int, u) -> Tensor:
     """One of the released five views of a picture (3, S, S) uint8; u: five numbers in 0..1, the chance in it.
 
     0: plain; 1: rotation by -45..45 degrees, jitter by 0.6..1.4 and flip (p = 0.5); 2, 3, 4: one of these.
@@ -571,7 +571,7 @@ class Batches:
             return torch.stack([torch.rand(shape, generator=generator(what, seed)) for seed in seeds])
         self.recipe, self.config = recipe, config
         support, labels = (torch.stack([task[i] for task in tasks]) for i in (1, 2))             # (E, M)
-        images, self.pictures = pool.images[support], support.shape[1]
+        images, self.pictures = pool.images[support].to(device), support.shape[1]
         sides = torch.full((*support.shape, 2), images.shape[-1]) if pool.sizes is None \
             else pool.sizes[support]                                                 # (E, M, 2)
         if recipe.augment == "views":
@@ -579,19 +579,20 @@ class Batches:
             images = torch.stack([torch.stack([
                 released_view(image, view, u) for view, row in enumerate(rows) for image, u in zip(own, row)])
                 for own, rows in zip(small, chance)])
-        whole = images.shape[1]                  # W, of an epoch; with views r is view r // M of picture r % M
+        whole = images.shape[1]                 # W, of an epoch; with views r is view r // M of picture r % M
         self.shown = min(recipe.minibatch or whole, whole)                           # B, of the largest step
         self.epoch = ceil(whole / self.shown)                                        # steps in it
         order = torch.arange(whole).expand(len(tasks), recipe.steps, -1)             # (E, epochs, W)
         if self.epoch > 1:
             order = uniform("order", ceil(recipe.steps / self.epoch), whole).argsort(-1)
-        crops = uniform("crop", recipe.steps, self.shown, 23) if recipe.augment == "crop" else order
-        # all on the device, so that no step waits for the host
-        self.images, self.labels, self.sides, self.order, self.crops = (
-            x.to(device) for x in (images, labels.repeat(1, whole // self.pictures), sides, order, crops))
+        if recipe.augment == "crop":
+            self.crops = uniform("crop", recipe.steps, self.shown, 23).to(device)
+        # all is on the device, so that no step waits for the host
+        self.images, self.labels, self.sides, self.order = (
+            x.to(device) for x in (images, labels.repeat(1, whole // self.pictures), sides, order))
         self.each = torch.arange(len(tasks), device=device)[:, None]
 
-    def __call__(self, number: int) -> tuple[Tensor, ...]:
+    def __call__(self, number: int) -> tuple:
         r, (epoch, step) = self.recipe, divmod(number, self.epoch)
         rows = self.order[:, epoch, step * self.shown: (step + 1) * self.shown]      # (E, B)
         different = rows[:, : self.pictures if self.epoch == 1 else None] % self.pictures      # (E, K)
