@@ -7,14 +7,10 @@
   python train.py --dataset eurosat --method atha atha@rho=0.2   two settings of one method, paired
   python train.py --dataset eurosat --method mine.py:Mine        a method of your own
   python train.py --fit FOLDER --save mine.safetensors           your own pictures
-  python train.py --predict mine.safetensors PICTURES
-  python train.py --export mine.safetensors OUT                  for transformers
+  python train.py --predict mine.safetensors PICTURES            (--export mine.safetensors OUT: transformers)
 
-Results are kept under --out, a JSON line an episode, in a file whose name ends in a digest of all settings:
-the same command goes on where it stopped, another setting is another file. Under torchrun each process takes
-its share of the episodes.
-
-In a program, `adapt` is the whole of training in one call.
+Results are a JSON line an episode, in a file whose name ends in a digest of all settings: the same command
+goes on where it stopped, another setting is another file. In a program, `adapt` is all of training.
 """
 from __future__ import annotations
 
@@ -37,6 +33,7 @@ from itertools import product
 from math import cos, pi
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # threads that spin are 8 times as slow on a busy machine
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -110,9 +107,8 @@ class Recipe:
 # ------------------------------------------------------------------------------------------------- adaptation
 
 def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method: str = "atha",
-          recipe: Recipe | str = "paper", batches: Batch | None = None,
-          seeds: Sequence | None = None, lora_A: dict[str, Tensor] | None = None,
-          picks: Tensor | None = None) -> Learner:
+          recipe: Recipe | str = "paper", batches: Batch | None = None, seeds: Sequence | None = None,
+          lora_A: dict[str, Tensor] | None = None, picks: Tensor | None = None) -> Learner:
     """Fine-tune E episodes in one batch, each as it would go alone, but for dropout; clip stays as it was.
 
     support (E, M, 3, S, S) normalised, labels (E, M), token_ids (E, N, context) -> a Learner, with .losses
@@ -126,7 +122,6 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     """
     def batch(number: int) -> tuple[Tensor, ...]:                        # plain ones too, unless they come
         return (*(batches(number) if batches else (support, labels)), support, labels)[:4]
-
     if isinstance(recipe, str):
         recipe = recipe_for(recipe, method, shot=support.shape[1] // token_ids.shape[1])
     learner = start(clip, token_ids, method, recipe, seeds, rows=batch(0)[1].shape[1])
@@ -234,7 +229,6 @@ class Learner(nn.Module):
             for part in self.parts:
                 x = part.text_hook(x, layer)
             return x
-
         last = self.clip.encode_text(ids, before_block)
         for_hooks = last if early is None else self.clip.read_text(early, ids)
         last, for_hooks = (text.unflatten(0, self.token_ids.shape[:2]) for text in (last, for_hooks))
@@ -248,7 +242,6 @@ class Learner(nn.Module):
             for one in hooks:
                 tokens = one(tokens, layer)
             return tokens
-
         for part in self.parts:
             enclosed = part.enclose(enclosed)
         return enclosed
@@ -284,8 +277,7 @@ RECIPES = {    # at 1 shot; recipe_for knows what depends on the shot
         tune="clip-lora+coop", lora="both", prompt_schedule=False, scale=2.0, augment="none", text_block=10,
         text_to_tokens="released", rho=0.3, gamma=0.2, alpha_block=6, beta=0.0, copy_cls=True, sgd=True),
     "clip-lora-fsl": Recipe(lora="both", rank=2, lora_alpha=1.0, steps=500, minibatch=32, cosine=1.0,
-                            bicubic=True),
-}
+                            bicubic=True)}
 RECIPES["released-svl"] = replace(RECIPES["released-atha"], tune="clip-lora", lora="vision", scale=100.0,
                                   augment="views", steps=250, cosine=8.0)
 CHOICES = {name: words.split() for name, words in {
@@ -297,7 +289,7 @@ ALWAYS, TRAINING = "prompt scale augment", "tune steps minibatch weight_decay co
 
 @cache
 def load_own(place: str) -> type[Part]:
-    """The class of a user's own method, "FILE.py:NAME". Raises UsageError."""
+    """The class of a user's own method, "FILE.py:NAME", with its code. Raises UsageError."""
     file, _, name = place.rpartition(":")
     sys.path.append(str(Path(file).resolve().parent))                    # for what it imports from beside it
     part = runpy.run_path(file).get(name)
@@ -431,10 +423,10 @@ def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, r
     file of its own, as two that write to one are not safe on a network's disks.
     """
     c, kind = job.clip.config, "split" if args.split else f"{args.way}way{args.query}"
-    method, where = job.method.replace(os.sep, "_"), Path(dataset).resolve().name
-    name = f"{where}-{kind}-{shot}shot-{method}-{args.recipe}-seed{args.seed}"
-    settings = {"name": name, "data": job.pool.fingerprint, "precision": args.precision,
-                **settings_of(job.clip, job.method, job.recipe)}
+    method = job.method.replace(os.sep, "_")
+    name = f"{Path(dataset).resolve().name}-{kind}-{shot}shot-{method}-{args.recipe}-seed{args.seed}"
+    settings = settings_of(job.clip, job.method, job.recipe) | {
+        "name": name, "data": job.pool.fingerprint, "precision": args.precision}
     file = Path(args.out, f"{name}-{data.digest(settings)[:8]}.jsonl")
     own = file.with_stem(f"{file.stem}-rank{RANK}") if RANK else file
     usual = 3 if args.split else 100 if dataset == "toy" else 800 if shot == 1 else 400
@@ -449,7 +441,6 @@ def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, r
     def report(step: int) -> None:
         known = f", {mean_text(accuracies.values())} %" if accuracies else ""
         progress(done + len(numbers) * step / (job.recipe.steps + 1), known)
-
     while done < len(todo):
         numbers = todo[done: done + batch]
         tasks = [task_of(args, job.pool, shot, n) for n in numbers]
@@ -523,7 +514,7 @@ pe-core  svl          5     -            -            -             -           
 
 def paper_figure(column: str, *row: object) -> str:
     """What the papers report of a (family, method, shot) on a dataset, or the mean; "" if nothing."""
-    head, *rows = (line.split() for line in PAPER.strip().splitlines())
+    head, *rows = map(str.split, PAPER.strip().splitlines())
     figures = {tuple(cells[:3]): dict(zip(head, cells)) for cells in rows}.get((*map(str, row),), {})
     return "paper " + figures[column] if figures.get(column, "-") != "-" else ""
 
@@ -559,8 +550,8 @@ def table(cells: dict, shot: int, family: str) -> str:
 
 # ----------------------------------------------------------------------------------------------- own pictures
 
-AT_ONCE, MINI = 64, 16    # --fit sees up to 64 pictures in every step; of more, 16, in four times the steps
-FEW = 30                  # tested pictures, fewer of which tell little
+# --fit sees up to 64 pictures a step; of more, 16, in four times the steps; under 30 tested tell little
+AT_ONCE, MINI, FEW = 64, 16, 30
 
 
 def fit(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
@@ -595,8 +586,7 @@ def fit(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
 def load_tuned(path: str, args: Namespace) -> tuple[Learner, Tokenizer]:
     """What --save kept, on the weights that it was made with: a Learner with .classes and .size, of pictures.
 
-    No code is run because a file says so: a method of the user's own must be named by --method. Raises
-    UsageError.
+    Raises UsageError. No code is run because a file says so: methods of one's own must be named by --method.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -712,8 +702,8 @@ class Parser(argparse.ArgumentParser):
             how = {"action": argparse.BooleanOptionalAction} if f.type == "bool" else {
                 "type": next((x for x in (int, str) if x.__name__ in f.type), float),
                 "choices": CHOICES.get(f.name), "nargs": "+" if "tuple" in f.type else None}
-            text = f"{comments.get(f.name, '')} (default {f.default})"
-            group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **how)
+            group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
+                               help=f"{comments.get(f.name, '')} (default {f.default})")
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -741,8 +731,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def plan(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> dict:
     """The job of every (method, shot, dataset) asked for, each tried as far as it can be without training."""
     data.find(args.dataset, args.data, args.split)
-    jobs, size = {}, clip.config.image
-    pools = {name: data.load(name, args.data, size, args.split) for name in args.dataset}
+    pools = {name: data.load(name, args.data, clip.config.image, args.split) for name in args.dataset}
+    jobs = {}
     for dataset, shot, method in product(args.dataset, args.shot, args.method):
         pool, recipe = pools[dataset], recipe_for(args.recipe, method, shot, dataset, **args.values)
         if recipe.prompt == "coop":
@@ -772,14 +762,15 @@ def compare(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
 
 def load_clip(args: Namespace, place: str = "") -> tuple[CLIP, Tokenizer]:
     """--weights, or those at a place."""
-    dtype = torch.float32 if args.export else getattr(torch, args.precision)
-    return clip_min.load(args.weights or place or None, args.device, dtype)
+    precision = "float32" if args.export else args.precision
+    return clip_min.load(args.weights or place or None, args.device, getattr(torch, precision))
 
 
 def run(argv: list[str] | None) -> int:
     """What was asked for; returns the exit code."""
     args = parse(argv)
     torch.set_flush_denormal(True)         # gradients below 1e-38 are 0: CPUs compute with them far slower
+    torch.backends.cudnn.allow_tf32 = False          # float32 means float32, in the patch convolution too
     if args.predict:
         return predict(args, load_tuned(args.predict[0], args)[0])
     if args.export:

@@ -1,4 +1,4 @@
-"""What the tests share. Real pictures, BPE merges and a trained CLIP come from folders named by the environment."""
+"""What the tests share. Real pictures, merges and a trained CLIP come from folders that variables name."""
 import os
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from PIL import Image
 
 REPO, HERE = Path(__file__).parents[1], Path(__file__).parent
 sys.path[:0] = [str(REPO), str(HERE)]
-os.environ.setdefault("OMP_NUM_THREADS", "1")         # small matrices: a second thread would only be in the way
+os.environ.setdefault("OMP_NUM_THREADS", "1")         # small matrices: a second thread is in the way
 
 import clip_min  # noqa: E402
 import data  # noqa: E402
@@ -21,7 +21,7 @@ TOY_CLIP = HERE / "toy_clip.safetensors"
 
 
 def from_environment(name: str, what: str) -> Path:
-    """The folder or file that an environment variable names; without it the test is skipped, with the reason."""
+    """The folder or file that an environment variable names; without it the test is skipped."""
     if not os.environ.get(name):
         pytest.skip(f"{name} is not set: it names {what}")
     return Path(os.environ[name])
@@ -68,7 +68,7 @@ def same(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
 
 
 def refused(capsys, argv: list, *words: object) -> None:
-    """The command line says in one line, its last, why it cannot do that, with exit code 2 and no traceback."""
+    """The command line says in one line, its last, why it cannot do that, with exit code 2."""
     capsys.readouterr()
     assert train.main([str(a) for a in argv]) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
