@@ -1,4 +1,4 @@
-"""Towers, tokenizers and weights: golden vectors of other people's code, every format, every kind of fault, fetching."""
+"""Towers, tokenizers, weights: golden vectors of others' code, every format and kind of fault, fetching."""
 import copy
 import gzip
 import hashlib
@@ -6,6 +6,7 @@ import http.server
 import json
 import pickle
 import random
+import re
 import shutil
 import threading
 import unicodedata
@@ -76,7 +77,7 @@ def as_torchscript(target: Path) -> None:
     torch.jit.script(root).save(str(target))
 
 
-# ------------------------------------------------------------------------------------------- formats, features
+# ------------------------------------------------------------------------------------------ formats, features
 
 FORMATS = {
     "safetensors": lambda path: save_file(OPENAI, path),
@@ -114,7 +115,7 @@ def test_openais_features_through_every_format(kind, tmp_path, monkeypatch, caps
 
 @pytest.mark.parametrize("name", NAMES)
 def test_features_of_their_own_codes(name, tmp_path):
-    """Through the folder, the file in it, the converted file (which stands alone), pickled tensors, bfloat16."""
+    """Through the folder, the file in it, the converted file (it stands alone), pickled tensors, bfloat16."""
     folder = shutil.copytree(GOLDEN / name, tmp_path / "there")
     file, = folder.glob("*model.safetensors")
     convert(folder, tmp_path / "ours.safetensors")
@@ -131,7 +132,7 @@ def test_features_of_their_own_codes(name, tmp_path):
 
 
 def test_names_of_other_libraries_and_back(tmp_path):
-    """Hugging Face's, OpenAI's, open_clip's: the tensors that came in, and a folder of them is the same model."""
+    """Hugging Face's, OpenAI's, open_clip's: the tensors that came in; a folder of them is that model."""
     clip = check(GOLDEN / "hf-clip-gelu", "hf-clip-gelu")
     state, config = clip_min.hugging_face(clip)
     assert state.keys() == TENSORS.keys() and all(torch.equal(state[n], TENSORS[n].float()) for n in TENSORS)
@@ -145,8 +146,8 @@ def test_names_of_other_libraries_and_back(tmp_path):
 
 
 def test_openais_own_code_takes_our_weights(toy):
-    build = pytest.importorskip("open_clip.openai", reason="open_clip is not installed").build_model_from_openai_state_dict
-    theirs = build(clip_min.openai_names(toy[0])).float().eval()
+    openai = pytest.importorskip("open_clip.openai", reason="open_clip is not installed")
+    theirs = openai.build_model_from_openai_state_dict(clip_min.openai_names(toy[0])).float().eval()
     images, rows = torch.randn(2, 3, 48, 48), toy[1](["a ring", "a star"])
     with torch.no_grad():
         same(theirs.encode_image(images), toy[0].encode_image(images))
@@ -164,24 +165,23 @@ def test_transformers_opens_what_is_given_out(name, tmp_path):
     model = transformers.AutoModel.from_pretrained(tmp_path).eval()
     pieces = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts, length = ["a photo of a cat", "a ring"], clip.config.context
-    rows = pieces(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+    rows = pieces(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     images = torch.randn(2, 3, clip.config.image, clip.config.image)
     with torch.no_grad():
-        out = model(pixel_values=images, input_ids=rows)
+        out = model(pixel_values=images, input_ids=rows.input_ids)
     unit = nn.functional.normalize
     same(out.image_embeds, unit(clip.encode_image(images), dim=-1))
     same(out.text_embeds, unit(clip.encode_text(tokenizer(texts)), dim=-1))
     back, _ = load(tmp_path)
-    assert back.fingerprint == clip.fingerprint or name == "hf-siglip2"          # whose pixels stand elsewhere
+    assert back.fingerprint == clip.fingerprint or name == "hf-siglip2"         # whose pixels stand elsewhere
 
 
-# --------------------------------------------------------------------------------------------------- the model
+# -------------------------------------------------------------------------------------------------- the model
 
 @pytest.mark.parametrize("family", clip_min.FAMILIES)
 def test_sizes_and_family_are_read_off_the_tensors(family):
-    sizes = dict(embed=768, image=336, patch=14, vision_width=1024, vision_layers=24, text_layers=3, context=64)
-    config = CLIPConfig(family=family, text_width=768, vocab=1000, **sizes, **clip_min.FAMILIES[family])
-    config = replace(config, embed=1024 if family == "siglip" else 768)
+    sizes = dict(image=336, patch=14, vision_width=1024, vision_layers=24, text_layers=3, context=64)
+    config = CLIPConfig(family=family, embed=1024, vocab=1000, **sizes, **clip_min.FAMILIES[family])
     with torch.device("meta"):
         assert CLIPConfig.from_weights(CLIP(config).state_dict()) == config
 
@@ -204,8 +204,9 @@ def test_activations_and_their_gradients(activation):
     """The MLP with the activation as it is written down, in double precision."""
     written = {"quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
                "gelu": lambda y: y * torch.special.ndtr(y),
-               "gelu_pytorch_tanh": lambda y: y * torch.sigmoid((8 / torch.pi) ** 0.5 * (y + 0.044715 * y ** 3))}
-    mlp, x = clip_min.MLP(8, activation).double(), torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+               "gelu_pytorch_tanh": lambda y: y * torch.sigmoid((8 / torch.pi)**0.5 * (y + 0.044715 * y**3))}
+    mlp = clip_min.MLP(8, activation).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
     wanted = mlp.c_proj(written[activation](mlp.c_fc(x)))
     same(mlp(x), wanted, 1e-12)
     same(torch.autograd.grad(mlp(x).sin().sum(), x)[0], torch.autograd.grad(wanted.sin().sum(), x)[0], 1e-12)
@@ -215,7 +216,7 @@ def test_attention_by_hand_in_bfloat16_is_the_same(monkeypatch):
     attention, x = clip_min.Attention(128, 2).bfloat16(), torch.randn(2, 9, 128).bfloat16()
     got = attention(x, x)
     same(got, attention.float()(x.float(), x.float()).bfloat16(), 0.03)
-    monkeypatch.setattr(clip_min.F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("it is slower"))
+    monkeypatch.setattr(clip_min.F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("slower"))
     assert torch.equal(attention.bfloat16()(x, x), got)
 
 
@@ -249,7 +250,7 @@ def test_pictures_are_prepared_as_others_do(wide, toy):
                         T.Normalize(c.mean, c.std)])
     same(toy[0].preprocess(image.convert("P")), theirs(image.convert("P").convert("RGB")), 1e-6)
     clip = load(GOLDEN / "hf-siglip2")[0]
-    same(clip.preprocess(image), T.Normalize([0.5] * 3, [0.5] * 3)(T.ToTensor()(image.resize((32, 32), 3))), 1e-6)
+    same(clip.preprocess(image), T.ToTensor()(image.resize((32, 32), 3)) * 2 - 1, 1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
@@ -269,7 +270,7 @@ def test_every_way_to_tune_works_on_other_backbones(name, method):
     assert both.losses[0].ne(both.losses[-1]).all()
 
 
-# --------------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------------------------- tokenizers
 
 def test_tokens_equal_openais():
     path = from_environment("ATHA_MERGES", "OpenAI's bpe_simple_vocab_16e6.txt.gz")
@@ -286,107 +287,106 @@ def test_tokenizer_merges_by_rank_and_knows_number_signs():
         tokenizer.symbol[b] + end for b, end in zip("²".encode(), ("", "</w>"))], "'", "s</w>"]
     assert tokenizer(["low " * 100]).argmax(-1).item() == 76, "a long text is cut, its end token kept"
     assert tokenizer("low", 5).shape == (1, 5)
-    for text in ("pêche", "Ångström", "각"):                      # typed, and as a Mac's file names spell it
+    for text in ("pêche", "Ångström", "각"):                # typed, and as a Mac's files spell it
         assert tokenizer.encode(unicodedata.normalize("NFD", text)) == tokenizer.encode(text)
 
 
 def test_tokenizer_takes_any_text():
     chance, tokenizer = random.Random(0), Tokenizer([])
     for _ in range(2000):
-        text = "".join(chr(chance.choice((chance.randrange(0xd800), chance.randrange(128)))) for _ in range(20))
+        text = "".join(chr(chance.randrange(chance.choice((0xd800, 128)))) for _ in range(20))
         assert tokenizer(text).max() == tokenizer.end
 
 
 def test_siglips_texts():
     """SigLIP 2's <eos> closes a row that zeros fill up; SigLIP 1's </s> does both."""
     told, _ = expected("hf-siglip2")
-    tokenizer = load(GOLDEN / "hf-siglip2")[1]
-    assert torch.equal(tokenizer(json.loads((GOLDEN / "hf-siglip2/sentences.json").read_text())), told["token_ids"])
+    tokenizer, sentences = load(GOLDEN / "hf-siglip2")[1], (GOLDEN / "hf-siglip2/sentences.json").read_text()
+    assert torch.equal(tokenizer(json.loads(sentences)), told["token_ids"])
     rows = tokenizer(["A Photo", "a photo", "a photo " * 99, ""], 64)
     assert torch.equal(rows[0], rows[1]) and rows[2, -1] == 1 and rows[3].tolist() == [1] + [0] * 63
     stored = json.loads(tokenizer.metadata["tokenizer"].replace("<eos>", "</s>"))
     assert clip_min.SiglipTokenizer(json.dumps(stored))("", 4).tolist() == [[1, 1, 1, 1]]
 
 
-# ---------------------------------------------------------------------------------- what configs and files say
+# --------------------------------------------------------------------------------- what configs and files say
 
-def folder_of(target: Path, name: str = "hf-clip-gelu", files: dict = {}, **changes) -> Path:
-    """A golden folder with values of its config changed (section__key=value) and files written beside it."""
-    shutil.copytree(GOLDEN / name, target, dirs_exist_ok=True)
-    place = target / ("config.json" if name.startswith("hf") else "open_clip_config.json")
-    config = json.loads(place.read_text())
-    for path, value in changes.items():
-        *above, key = path.split("__")
+def changed(target: Path, folder: str, changes: str) -> Path:
+    """A golden folder with values of configs in it changed: [file:]section.key=JSON, "-" for left out."""
+    shutil.copytree(GOLDEN / folder, target)
+    for change in changes.split():
+        path, value = change.split("=", 1)
+        name, _, path = path.rpartition(":")
+        file = target / f"{name or ('' if 'hf' in folder else 'open_clip')}_config.json".removeprefix("_")
+        config = json.loads(file.read_text()) if file.exists() else {}
+        *above, key = path.split(".")
         inner = config
         for part in above:
             inner = inner.setdefault(part, {})
-        inner[key] = value
-        if value is None:
-            del inner[key]
-    place.write_text(json.dumps(config))
-    for file, content in files.items():
-        (target / file).write_text(json.dumps(content))
+        inner.pop(key, None) if value == "-" else inner.update({key: json.loads(value)})
+        file.write_text(json.dumps(config))
     return target
 
 
-PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": {"height": 32, "width": 32}, "resample": 2}
-BELIEVED = {    # a golden folder, what its config says, what follows
-    "heads": ("hf-clip-gelu", {"vision_config__num_attention_heads": 4}, {"vision_head": 32}),
-    "no heads said": ("hf-clip-gelu", {"text_config__num_attention_heads": None}, {"text_head": 8}),
-    "eps": ("hf-clip-gelu", {"vision_config__layer_norm_eps": 1e-6, "text_config__layer_norm_eps": 1e-6},
-            {"eps": 1e-6}),
-    "activation by default": ("hf-clip-gelu", {"vision_config__hidden_act": None, "text_config__hidden_act": None},
-                              {"activation": "quick_gelu"}),
-    "_dict wins": ("hf-clip-gelu", {f"{t}_config_dict": {"hidden_act": "quick_gelu", "num_attention_heads": 1}
-                                    for t in ("vision", "text")}, {"activation": "quick_gelu", "vision_head": 128}),
-    "pixels": ("hf-clip-gelu", {"files": {"preprocessor_config.json": PIXELS}},
-               {"mean": [0.5] * 3, "std": [0.25] * 3, "resize": "squash", "interpolation": "bilinear"}),
-    "pixels as of old": ("hf-clip-gelu", {"files": {"preprocessor_config.json": {"size": 32, "crop_size": 32}}},
-                         {"mean": clip_min.MEAN, "resize": "shortest", "interpolation": "bicubic"}),
-    "transformers 5": ("hf-clip-gelu", {"files": {"processor_config.json": {"image_processor": PIXELS},
-                                                  "preprocessor_config.json": {"image_mean": [0.1] * 3}}},
-                       {"mean": [0.5] * 3, "std": [0.25] * 3}),
-    "SigLIP's heads": ("hf-siglip2", {"vision_config__num_attention_heads": 4}, {"vision_head": 32}),
-    "QuickGELU": ("open_clip-pe-core", {"model_cfg__quick_gelu": True}, {"activation": "quick_gelu"}),
-    "head_width": ("open_clip-pe-core", {"model_cfg__vision_cfg__head_width": 32}, {"vision_head": 32}),
-    "text heads": ("open_clip-pe-core", {"model_cfg__text_cfg__heads": 4}, {"text_head": 32}),
-    "resize_mode": ("open_clip-pe-core", {"preprocess_cfg__resize_mode": "shortest",
-                                          "preprocess_cfg__interpolation": "bicubic", "preprocess_cfg__std": [1] * 3},
-                    {"resize": "shortest", "interpolation": "bicubic", "std": [1] * 3}),
-}
+def rows_of(table: str) -> list[list[str]]:
+    return [re.split(" {2,}", line) for line in table.splitlines() if line]
 
 
-@pytest.mark.parametrize("case", BELIEVED)
-def test_what_a_config_says_is_believed(case, tmp_path, capsys):
+BELIEVED = """
+hf-clip-gelu  vision_config.num_attention_heads=4  vision_head=32
+hf-clip-gelu  text_config.num_attention_heads=-  text_head=8
+hf-siglip2  vision_config.num_attention_heads=4  vision_head=32
+hf-clip-gelu  vision_config.layer_norm_eps=1e-6 text_config.layer_norm_eps=1e-6  eps=1e-6
+hf-clip-gelu  vision_config.hidden_act=- text_config.hidden_act=-  activation="quick_gelu"
+hf-clip-gelu  vision_config_dict.hidden_act="gelu" vision_config_dict.num_attention_heads=1  vision_head=128
+hf-clip-gelu  preprocessor:image_std=[1,1,1] preprocessor:resample=2  std=[1,1,1] resample=2
+hf-clip-gelu  preprocessor:size={"height":32,"width":32}  resize="squash" resample=3
+hf-clip-gelu  preprocessor:size=32 preprocessor:crop_size=32  resize="shortest"
+hf-clip-gelu  preprocessor:size={"shortest_edge":32}  resize="shortest"
+hf-clip-gelu  processor:image_processor.image_mean=[1] preprocessor:image_mean=[2]  mean=[1]
+open_clip-pe-core  model_cfg.quick_gelu=true  activation="quick_gelu"
+open_clip-pe-core  model_cfg.vision_cfg.head_width=32 model_cfg.text_cfg.heads=4  vision_head=32 text_head=32
+open_clip-pe-core  preprocess_cfg.resize_mode="shortest"  resize="shortest" resample=3
+open_clip-pe-core  preprocess_cfg.interpolation="bilinear"  resize="squash" resample=2
+"""
+NOT_BUILT = """
+hf-clip-gelu  vision_config.hidden_act="relu" text_config.hidden_act="relu"  "relu"
+hf-clip-gelu  vision_config.hidden_act="quick_gelu"  hidden_act is gelu in one tower, quick_gelu in the other
+hf-clip-gelu  text_config.hidden_act=-  hidden_act is quick_gelu in one tower
+hf-clip-gelu  vision_config_dict.num_attention_heads=1  hidden_act is gelu in one tower
+hf-clip-gelu  text_config.layer_norm_eps=1e-6  layer_norm_eps is 1e-06
+hf-clip-gelu  vision_config.num_hidden_layers=3  visual.transformer.resblocks.2.
+hf-clip-gelu  text_config.eos_token_id=5  "eos_token_id": 5
+hf-clip-gelu  model_type="clipseg"  "clipseg"
+hf-clip-gelu  quantization_config.bits=4  "quantization_config"
+hf-clip-gelu  preprocessor:size.shortest_edge=40  "shortest_edge": 40
+hf-siglip2  model_type="siglip2"  "siglip2"
+hf-siglip2  preprocessor:do_normalize=false  "do_normalize": false
+hf-siglip2  preprocessor:rescale_factor=0.0078  "rescale_factor": 0.0078
+hf-siglip2  preprocessor:resample=1  "resample": 1
+open_clip-pe-core  model_cfg.text_cfg.pool_type="last"  "pool_type": "last"
+open_clip-pe-core  model_cfg.text_cfg.no_causal_mask=true  "no_causal_mask": true
+open_clip-pe-core  model_cfg.text_cfg.norm_kwargs.eps=1e-6  "norm_kwargs"
+open_clip-pe-core  model_cfg.text_cfg.tokenizer_kwargs.clean="lower"  "tokenizer_kwargs"
+open_clip-pe-core  model_cfg.vision_cfg.timm_model_name="vit_base_patch16_224"  "timm_model_name": "vit_base
+open_clip-pe-core  model_cfg.vision_cfg.timm_pool="avg"  "timm_pool": "avg"
+open_clip-pe-core  model_cfg.vision_cfg.image_size=[32,48]  cannot use
+open_clip-pe-core  preprocess_cfg.interpolation="random"  "interpolation": "random"
+"""
+
+
+@pytest.mark.parametrize("folder, changes, wanted", rows_of(BELIEVED))
+def test_what_a_config_says_is_believed(folder, changes, wanted, tmp_path, capsys):
     """And stays so in our own file, and the weights have another fingerprint then."""
-    name, changes, wanted = BELIEVED[case]
-    clip, _ = load(folder_of(tmp_path / "w", name, **changes))
-    assert {field: getattr(clip.config, field) for field in wanted} == wanted
+    clip, _ = load(changed(tmp_path / "w", folder, changes))
+    for pair in wanted.split():
+        field, value = pair.split("=")
+        assert getattr(clip.config, field) == json.loads(value)
     convert(tmp_path / "w", tmp_path / "ours.safetensors")
     assert load(tmp_path / "ours.safetensors")[0].fingerprint == clip.fingerprint
-    same = all(getattr(load(GOLDEN / name)[0].config, field) == value for field, value in wanted.items())
-    assert same or clip.fingerprint != load(GOLDEN / name)[0].fingerprint
+    untouched = load(GOLDEN / folder)[0]
+    assert (clip.fingerprint == untouched.fingerprint) == (str(clip.config) == str(untouched.config))
     assert capsys.readouterr().err == ""
-
-
-NOT_BUILT = {
-    "activation": ("hf-clip-gelu", {"vision_config__hidden_act": "relu", "text_config__hidden_act": "relu"}, "relu"),
-    "activation of one tower": ("hf-clip-gelu", {"vision_config__hidden_act": "quick_gelu"}, "hidden_act is gelu"),
-    "of one by default": ("hf-clip-gelu", {"text_config__hidden_act": None}, "hidden_act is quick_gelu"),
-    "eps of one tower": ("hf-clip-gelu", {"text_config__layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
-    "blocks": ("hf-clip-gelu", {"vision_config__num_hidden_layers": 3}, "visual.transformer.resblocks.2."),
-    "NaFlex": ("hf-siglip2", {"model_type": "siglip2"}, "siglip2"),
-    "another model": ("hf-clip-gelu", {"model_type": "clipseg"}, "clipseg"),
-    "no normalising": ("hf-siglip2", {"files": {"preprocessor_config.json": {"do_normalize": False}}}, "do_norm"),
-    "another scale": ("hf-siglip2", {"files": {"preprocessor_config.json": {"rescale_factor": 1 / 127.5}}}, "resc"),
-    "quantised": ("hf-clip-gelu", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-    "text pooling": ("open_clip-pe-core", {"model_cfg__text_cfg__pool_type": "last"}, "pool_type"),
-    "no mask": ("open_clip-pe-core", {"model_cfg__text_cfg__no_causal_mask": True}, "no_causal_mask"),
-    "norm": ("open_clip-pe-core", {"model_cfg__text_cfg__norm_kwargs": {"eps": 1e-6}}, "norm_kwargs"),
-    "tokenizer": ("open_clip-pe-core", {"model_cfg__text_cfg__tokenizer_kwargs": {"clean": "lower"}}, "tokenizer_kw"),
-    "another trunk": ("open_clip-pe-core", {"model_cfg__vision_cfg__timm_model_name": "vit_base"}, "timm_model_name"),
-    "pooling": ("open_clip-pe-core", {"model_cfg__vision_cfg__timm_pool": "avg"}, "timm_pool"),
-}
 
 
 def refuses(path, *words: str) -> str:
@@ -398,10 +398,9 @@ def refuses(path, *words: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("case", NOT_BUILT)
-def test_what_is_not_built_is_refused(case, tmp_path):
-    name, changes, word = NOT_BUILT[case]
-    refuses(folder_of(tmp_path / "w", name, **changes), word)
+@pytest.mark.parametrize("folder, changes, words", rows_of(NOT_BUILT))
+def test_what_is_not_built_is_refused(folder, changes, words, tmp_path):
+    refuses(changed(tmp_path / "w", folder, changes), words)
 
 
 class Evil:
@@ -416,7 +415,7 @@ class Evil:
 def toy_with(**changes):
     """Writes the toy CLIP with tensors changed (None: left out)."""
     tensors = load_file(TOY_CLIP) | changes
-    return lambda path: save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    return lambda path: save_file({name: x for name, x in tensors.items() if x is not None}, path)
 
 
 def towers(start: str) -> dict:
@@ -428,7 +427,7 @@ FILES = {    # what is written, what must be said
     "cut": (lambda path: path.write_bytes(TOY_CLIP.read_bytes()[:-5]), "it is cut"),
     "garbage": (lambda path: path.write_bytes(random.Random(0).randbytes(5000)), "it is cut"),
     "empty": (Path.touch, "it is cut"),
-    "a pointer of Git LFS": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
+    "a pointer": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
     "a web page": (lambda path: path.write_text("<!DOCTYPE html><title>Sign in</title>"), "a web page"),
     "a pickle": (lambda path: path.write_bytes(pickle.dumps(Evil(path.with_name("marker")))), "is not run"),
     "code in a zip": (lambda path: torch.save({"a": Evil(path.with_name("marker"))}, path), "is not run"),
@@ -437,18 +436,19 @@ FILES = {    # what is written, what must be said
     "the vision tower": (lambda path: save_file(towers("vis"), path), "both its towers"),
     "the text tower": (lambda path: save_file(towers("text"), path), "both its towers"),
     "a ResNet": (toy_with(**RESNET), "both its towers"),
-    "an adapter": (lambda path: save_file({"base_model.q_proj.lora_A.weight": torch.ones(2, 2)}, path), "both its"),
+    "an adapter": (lambda path: save_file({"q_proj.lora_A.weight": torch.ones(2)}, path), "both its towers"),
     "a tensor less": (toy_with(**{"ln_final.bias": None}), "ln_final.bias"),
     "a tensor more": (toy_with(**{"head.weight": torch.ones(3)}), "head.weight"),
     "misshapen": (toy_with(**{"visual.ln_pre.weight": torch.zeros(7)}), "visual.ln_pre.weight"),
     "LayerScale": (toy_with(**{"visual.transformer.resblocks.0.ls_1.gamma": torch.ones(128)}), "ls_1.gamma"),
-    "8 bits": (toy_with(**{"ln_final.bias": torch.zeros(64, dtype=torch.int8)}), "ln_final.bias is no tensor of"),
+    "8 bits": (toy_with(**{"ln_final.bias": torch.zeros(64, dtype=torch.int8)}), "ln_final.bias is no"),
     "float8": (toy_with(**{"ln_final.bias": torch.zeros(64).to(torch.float8_e4m3fn)}), "cannot use"),
-    "not a number": (toy_with(**{"ln_final.bias": torch.full((64,), torch.nan)}), "ln_final.bias is no tensor of"),
-    "merges that are missing": (toy_with(**{"token_embedding.weight": torch.zeros(544, 64)}), "0 merges of text"),
+    "not a number": (toy_with(**{"ln_final.bias": torch.full((64,), torch.nan)}), "ln_final.bias is no"),
+    "missing merges": (toy_with(**{"token_embedding.weight": torch.zeros(544, 64)}), "0 merges of text"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("case", FILES)
 def test_files_that_cannot_be_used(case, tmp_path):
     write, words = FILES[case]
@@ -458,7 +458,7 @@ def test_files_that_cannot_be_used(case, tmp_path):
 
 
 def test_where_the_merges_come_from(tmp_path, monkeypatch):
-    """merges.txt, tokenizer.json of either spelling, our own file, or fetched; with ids shifted CLIP would err."""
+    """merges.txt, tokenizer.json of either spelling, our own file; with ids shifted CLIP would err."""
     pairs = [f"{a} {b}" for a in "abcde" for b in "abcdef"]
     for spelling in (pairs, [pair.split() for pair in pairs], None):
         folder = tmp_path / f"{spelling is None}{isinstance((spelling or pairs)[0], str)}"
@@ -483,7 +483,7 @@ def test_tensors_alone(tmp_path):
     clip = clip_min.from_weights(load_file(GOLDEN / "open_clip-pe-core" / "open_clip_model.safetensors"))
     told, pixels = expected("open_clip-pe-core")
     same(clip.float().encode_image(pixels), told["image_features"])
-    with pytest.raises(KeyError, match="visual.conv1"):
+    with pytest.raises(WeightsError, match="visual.conv1"):
         clip_min.from_weights({})
 
 
@@ -495,7 +495,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert load_file(tmp_path / "new" / "a")["a"].sum() == 2 and len([*(tmp_path / "new").iterdir()]) == 1
 
 
-# ---------------------------------------------------------------------------------------------------- fetching
+# --------------------------------------------------------------------------------------------------- fetching
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
@@ -562,8 +562,8 @@ def test_default_weights_come_from_the_first_that_has_them(server, own_cache, tm
     monkeypatch.setattr(clip_min, "OPENAI_SHA256", {digest})
     with pytest.raises(WeightsError) as error:
         load()
-    for word in (clip_min.HUB, clip_min.VIT_B16, hub, clip_min.VIT_B16_URL, archive.parent, clip_min.MERGES_URL,
-                 own_cache, "--dataset toy", "--weights tests/toy_clip.safetensors"):
+    for word in (clip_min.HUB, clip_min.VIT_B16, hub, clip_min.VIT_B16_URL, archive.parent,
+                 clip_min.MERGES_URL, own_cache, "--dataset toy", "--weights tests/toy_clip.safetensors"):
         assert str(word) in str(error.value)
     assert "\n" not in str(error.value)
     server.files["/ViT-B-16.pt"] = b"not the archive"
@@ -576,7 +576,7 @@ def test_default_weights_come_from_the_first_that_has_them(server, own_cache, tm
     assert load()[0].config.image == 32 and server.asked == [], "it is there"
     archive.write_bytes(b"something else")
     save_file(OPENAI, tmp_path / "open_clip_model.safetensors")
-    told = {"model_cfg": {"quick_gelu": True, "vision_cfg": {}, "text_cfg": {"heads": 1}}, "preprocess_cfg": {}}
+    told = {"model_cfg": {"quick_gelu": True, "vision_cfg": {}, "text_cfg": {"heads": 1}}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
     offer(server, clip_min.VIT_B16, tmp_path, "w.pt")
     same(load()[0].encode_image(TINY["images"]), TINY["image_features"])
@@ -594,7 +594,7 @@ def test_openais_merges_are_fetched_where_they_are_missing(server, tmp_path, mon
     assert load(tmp_path / "w")[1].end == 49407 and (own_cache / "merges.txt.gz").is_file()
 
 
-# -------------------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 def test_classify_and_convert_on_the_command_line(tmp_path, capsys):
     Image.effect_noise((90, 60), 80).save(tmp_path / "a.png")
@@ -603,7 +603,8 @@ def test_classify_and_convert_on_the_command_line(tmp_path, capsys):
         clip_min.main(["classify", f"{tmp_path}/a.png", "a ring", "a star", "--weights", str(weights)])
         lines = [line.split("%") for line in capsys.readouterr().out.splitlines()]
         chances = [float(chance) for chance, _ in lines]
-        assert sorted(label.strip() for _, label in lines) == ["a ring", "a star"] and chances[0] >= chances[1]
+        assert sorted(label.strip() for _, label in lines) == ["a ring", "a star"]
+        assert chances[0] >= chances[1]
         assert (abs(sum(chances) - 100) < 0.02) == ("siglip" not in name), "SigLIP's are each by itself"
     done = command("convert", TOY_CLIP, tmp_path / "b.safetensors", program="clip_min.py")
     assert done.returncode == 0 and load(tmp_path / "b.safetensors")[0].config.image == 48, done.stderr
