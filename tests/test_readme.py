@@ -99,9 +99,10 @@ def test_names_numbers_and_links_are_those_of_the_code():
     assert all(f"`{name}`" in TEXT for name in [*train.METHODS, *data.GROUPS["all"]])
     for row in SECTIONS["Paper, authors' code, ours"].splitlines():
         cells = row.split(" | ")
-        for flag in re.findall("--([a-z-]+)`", cells[0]) if len(cells) == 5 else ():
-            value = getattr(train.Recipe(), flag.replace("-", "_"))
-            assert (value if isinstance(value, str) else f"{value:g}") in cells[3], row
+        if len(cells) == 5:
+            flags = re.findall("--([a-z-]+)`", cells[0])
+            values = [getattr(train.Recipe(), flag.replace("-", "_")) for flag in flags]
+            assert ", ".join(x if isinstance(x, str) else f"{x:g}" for x in values) in cells[3], row
     figures = re.compile(r"\d\d\.\d\d")
     assert {*figures.findall(SECTIONS["The papers' figures"])} <= {*figures.findall(train.PAPER)}
 
