@@ -33,7 +33,7 @@ from itertools import product
 from math import cos, pi
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # threads that spin are 8 times as slow on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # spinning threads: 8 times as slow if others are busy
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open

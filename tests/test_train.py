@@ -132,6 +132,7 @@ def test_settings_are_what_a_method_reads(toy, tmp_path, monkeypatch):
     mine.write_text("import atha\nclass Mine(atha.Part):\n    pass\n")
     before = read(f"{mine}:Mine")
     mine.write_text(mine.read_text() + "# changed\n")
+    train.load_own.cache_clear()                                         # as in another process
     assert read(f"{mine}:Mine") != before and "rho" in before["recipe"], "who does not tell, may read all"
 
 
