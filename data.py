@@ -54,7 +54,7 @@ def generator(*key: object) -> torch.Generator:
 
 
 @cache
-def say(line: str) -> None:
+def say(line: str):
     """Print a line on stderr, once."""
     print(line, file=sys.stderr)
 
@@ -160,10 +160,10 @@ TEST = "test val valid validation".split()                # what people call the
 
 
 def files_in(folder: Path) -> list:
-    """Paths of all files below a folder, sorted, without hidden ones and litter."""
+    """Paths of all files and empty folders below a folder, sorted, without hidden ones and litter."""
     paths = map(Path, glob("**", root_dir=folder, recursive=True))
     return sorted(path for path in paths if not LITTER & {*path.parts}
-                  and (is_image_file(path.name) or Path(folder, path).is_file()))
+                  and (is_image_file(path.name) or not any(Path(folder, path).glob("*"))))
 
 
 def pictures_in(folder: Path) -> list:
@@ -195,7 +195,7 @@ def list_folders(root: Path, under: str = "", names={}) -> Rows:
                         f"{', '.join(sorted({join(*parts[:-1], '') for parts in found})[:3]) or place})")
     if len(rows) < len(files):
         say(f"left out of {place}: {len(found) - len(rows)} pictures not right in a class folder, "
-            f"{len(files) - len(found)} other files, such as "
+            f"{len(files) - len(found)} other files and empty folders, such as "
             f"{join(*min({path.parts for path in files} - {parts for _, parts in rows}))}")
     folders = {(part, nfc(parts[-2]).replace("_", " ")): parts[-2] for part, parts in rows}
     if twins := {parts[-2] for _, parts in rows} - {*folders.values()}:
@@ -332,7 +332,7 @@ def look(name: str, root: Path, split: bool) -> tuple[Path, Rows]:
         try:
             rows = once(known.lister(folder)) if name != "toy" else []
             if lost := [path for _, path, _ in rows if not (folder / path).is_file()]:
-                raise FileNotFoundError(f"{len(lost)} of {len(rows)} pictures, such as {lost[0]}")
+                raise FileNotFoundError(f"{len(lost)} of {len(rows)} pictures are lost, as {lost[0]} is")
             break
         except DataError:
             raise
@@ -347,7 +347,7 @@ def look(name: str, root: Path, split: bool) -> tuple[Path, Rows]:
     return folder, rows
 
 
-def find(names: list, root="datasets", split=False) -> None:
+def find(names: list, root="datasets", split=False):
     """Raises one DataError that says of all datasets what is wrong, but for those that `load` can fetch."""
     problems = []
     for name in names:
