@@ -1,4 +1,4 @@
-"""tests/claims.py: the verdict, what is measured, a claim built to be false and one built to be true."""
+"""tests/claims.py: verdicts, measurements beside plain formulas, claims built to be false and to be true."""
 import json
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -6,241 +6,158 @@ from xml.etree import ElementTree
 import claims
 import pytest
 import torch
-from claims import CLAIMS, TRAINED, UNITS, Claim, above, judge, measured, row_of
-from conftest import draw_pictures
-from test_train import rows_of, toy_episodes, toy_pool
+import torch.nn.functional as F
+from claims import CLAIMS, Claim, judge
+from toy_world import TOY_CLASSES, toy_pictures
 
-import atha
 import data
 import train
-from data import generator
-from train import Recipe, adapt
+from atha import linear_cka
 
-FALSE = Claim("nothing gains", "", "", above("atha-still", "clip-lora"))
-TRUE = Claim("fine-tuning is above zero-shot", "", "", above("clip-lora", "zero-shot"))
-
-
-def seen(**of):
-    """Episodes with these accuracies."""
-    return {name.replace("_", "-"): {n: {"accuracy": a} for n, a in enumerate(values)}
-            for name, values in of.items()}
+FALSE = Claim("nothing gains", "", "", "", "accuracy", "atha@alpha=0@beta=0@token_lr=0", "clip-lora")
+TRUE = Claim("tuning far too fast harms", "", "", "", "accuracy", "zero-shot", "clip-lora")
 
 
 # ------------------------------------------------------------------------------------------------ the verdict
 
-@pytest.mark.parametrize("values, verdict", [
-    ([1, 2, 3, 4], "holds"), ([-1, -2, -3, -4], "does not hold"), ([-1, 2, -3, 4], "undecided"),
-    ([0, 0, 0], "undecided"), ([1.96, -1.96 + 1e-3, 1.96, -1.96], "undecided")])
-def test_the_interval_alone_decides(values, verdict):
-    mean, half, said = judge(values)
-    assert said == verdict and (mean, half) == train.mean_and_interval(values)
+@pytest.mark.parametrize("case", """
+1 2 | | holds
+-1 -2 | | does not hold
+-1 2 | | undecided
+0 0 | | undecided
+5 nan | | measured in 5 episodes
+0.1 -0.1 | 1 | holds
+3 4 | 1 | does not hold
+-3 -4 | 1 | does not hold
+0.5 1.3 | 1 | undecided
+9 -9 | 1 | undecided""".strip().splitlines())
+def test_the_interval_alone_decides(case):
+    values, within, said = map(str.strip, case.split("|"))
+    columns = {"a": {"m": [float(x) for x in values.split()] * 5}, "b": {"m": [0] * 10}}
+    assert judge(Claim("", "", "", "", "m", "a", "b", within), columns)[0] == said
 
 
-def test_effects_are_paired_and_leave_out_what_was_not_measured():
-    records = seen(a=[50, 60, 70], b=[49, 58, 67])
-    records["a"] = dict(reversed(records["a"].items()))                   # in whatever order they were done
-    assert measured(above("a", "b"), records) == [1, 2, 3]
-    assert measured({("a", "accuracy"): 1.0, ("b", "accuracy"): -0.5}, records) == [25.5, 31, 36.5]
-    records["b"][1]["accuracy"] = None
-    assert measured(above("a", "b"), records) == [1, 3]
-    with pytest.raises(ValueError):
-        measured(above("a", "b"), seen(a=[1, 2], b=[1]))
+def test_effects_are_paired_with_intervals_by_student():
+    columns = {"a": {"m": [5, 7] * 5}, "b": {"m": [4, 0] * 5}, "c": {"m": [2, 10] * 5}}
+    assert judge(Claim("", "", "", "", "m", "a", "b c"), columns) == ["holds", 2, 0]
+    for n, t in {10: 2.262157, 15: 2.144787, 30: 2.04523, 100: 1.984217}.items():
+        x = torch.arange(n).double()
+        assert claims.interval(x) == pytest.approx([(n - 1) / 2, t * x.std().item() / n ** 0.5], rel=6e-4)
 
 
-def test_where_what_is_needed_is_missing_there_is_nothing_to_see():
-    half = next(claim for claim in CLAIMS if "half" in claim.said)
-    gained = row_of(half, seen(atha=[54, 55, 54, 55], atha_push=[53, 54, 53, 54], clip_lora=[50, 51, 50, 51]))
-    assert (gained["effect"], gained["verdict"], gained["because"]) == (1.0, "holds", "")
-    lost = row_of(half, seen(atha=[48, 51, 48, 51], atha_push=[53, 54, 53, 54], clip_lora=[50, 51, 50, 51]))
-    assert lost["verdict"] == "nothing to see here" and lost["because"] == "ATHA's gain is -1.00 ± 0.98"
-
-
-def test_sinks_must_be_much_longer_than_other_tokens():
-    claim = next(claim for claim in CLAIMS if claim.said == "TIR makes fewer sinks")
-    for length, spread, verdict in ((2.0, 0.1, "holds"), (1.4, 0.01, "nothing to see here"),
-                                    (1.6, 0.5, "nothing to see here")):
-        lengths = {n: {"sink_length": length + spread * (-1) ** n} for n in range(4)}
-        records = {name: {n: record | {"sink_share": share} for n, record in lengths.items()}
-                   for name, share in (("clip-lora", 0.2), ("tir", 0.1))}
-        row = row_of(claim, records)
-        assert row["verdict"] == verdict and row["effect"] == pytest.approx(0.1)
-    for record in records["clip-lora"].values():
-        record["sink_length"] = None
-    row = row_of(claim, records)
-    assert (row["verdict"], row["because"]) == ("nothing to see here", "there are none")
-    json.dumps(row, allow_nan=False)
-
-
-def test_the_claims_name_what_can_be_trained_and_the_papers_figures():
+def test_claims_name_what_can_be_trained_and_report_the_papers_figures():
+    rows = [row.split() for row in train.PAPER.splitlines() if row.startswith("clip")]
+    mean = {f"{name} {shot}": figures.split("/") for _, name, shot, *_, figures in rows}
     for claim in CLAIMS:
-        for name, quantity in [*claim.effect, *(claim.needs or ())]:
-            assert name in train.METHODS or name in TRAINED
-            assert quantity in UNITS
-    figures = {claim.said: claim.reported.split(",")[0] for claim in CLAIMS}
-    mean = {}
-    for family, method, shot, *_, figure in map(str.split, train.PAPER.strip().splitlines()[1:]):
-        if family == "clip":
-            mean.setdefault((method, int(shot)), []).append(float(figure))
-    (first, second), five = mean["clip-lora", 1], mean["clip-lora", 5][0]      # ATHA's baseline and SVL's
-    for said, (more, shot), less in (
-            ("ATHA is above CLIP-LoRA", ("atha", 1), first),
-            ("TIR is above CLIP-LoRA", ("tir", 5), five),
-            ("SVL + RA is above CLIP-LoRA", ("svl", 1), second),
-            ("SVL alone is above CLIP-LoRA", ("svl-only", 1), second),
-            ("RA alone is above CLIP-LoRA", ("ra-only", 1), second),
-            ("TIR: inhibiting is above enhancing", ("tir-inhibit", 5), mean["tir-enhance", 5][0])):
-        assert figures[said] == f"{mean[more, shot][0] - less:+.2f}"
-    none, lv, ad, ra = (sum(row) / 4 for row in (                         # SVL's gap table
-        (0.014, 0.048, 0.406, 0.356), (0.022, 0.072, 0.626, 0.742), (0.012, 0.024, 0.191, 0.249),
-        (0.009, 0.027, 0.171, 0.238)))
-    for said, more, less in (("visual learning widens gap shift", lv, none),
-                             ("SVL narrows gap shift", none, ad), ("RA narrows it further", ad, ra)):
-        assert float(figures[said]) == pytest.approx(more - less, abs=6e-4)
+        assert all(map(train.parts_of, f"{claim.more} {claim.less}".replace("zero-shot", "").split()))
+        figure, _, shot = claim.reported.partition(", ")
+        if claim.unit == "points" and figure[:1] == "+":
+            more, less = (mean[f"{name} {shot[:1] or 1}"] for name in (claim.more, claim.less))
+            assert figure in [f"{float(more[0]) - float(base):+.2f}" for base in less], claim.words
 
 
 # ------------------------------------------------------------------------------------------- what is measured
 
-@pytest.fixture(scope="module")
-def looked(toy):
-    """Two episodes of a method under a recipe, as claims.py sees them: learner, tasks, records."""
-    clip, tokenizer = toy
-    tasks = [toy_pool().task(n, way=5, shot=1, query=6, seed=1) for n in range(2)]
-    support, labels, _, names = toy_episodes(2)
-    source = data.toy_pictures(10, seed=1, domain="source")[0]
+@pytest.fixture
+def look_at(toy, monkeypatch):
+    """A look at two episodes; a class marks 21 of 36 patches, so some are marked by all."""
+    monkeypatch.setattr(claims, "PAPER", replace(claims.PAPER, tir_top=0.6))
+    rows, seeds = train.class_rows(toy[1], "a {}", TOY_CLASSES, toy[0]), [(1, 0), (1, 1)]
+    pools = [data.Pool(*toy_pictures(20, 1, domain), TOY_CLASSES, "") for domain in ("target", "source")]
+    worlds = [claims.World(toy[0], seeds, rows, pool, *of) for pool, of in zip(pools, ((1, 15), (0, 10)))]
 
-    def look(method, **fields):
-        recipe = replace(Recipe(), dropout=0.0, **fields)
-        learner = adapt(clip, support, labels, rows_of(tokenizer, names), method, recipe, seeds=[0, 1])
-        job = train.Job(clip, toy_pool(), rows_of(tokenizer, [toy_pool().classes])[0], method, recipe)
-        return learner, tasks, claims.measure(job, learner, tasks, [(1, 0), (1, 1)], source)
+    def look(method):
+        job = train.Job(toy[0], pools[0], rows, method, train.recipe_for("paper", method, steps=5))
+        return claims.Look(job.learn(worlds[0].tasks, seeds), *worlds)
     return look
 
 
-def test_a_pull_is_not_counted_as_learning(looked):
-    """Before the pull, with nothing learned, the tokens are the frozen model's, however strong the pull."""
-    still = {"steps": 1, "lr": 0.0, "token_lr": 0.0, "alpha": 9.0, "beta": 0.0}
-    frozen, pulled = (looked(method, **still)[2] for method in ("zero-shot", "atha"))
-    for before, now in zip(frozen, pulled):
-        assert [now[x] for x in ("similarity", "head", "tail")] == pytest.approx(
-            [before[x] for x in ("similarity", "head", "tail")], abs=1e-6)
-    assert pulled[0]["gap_shift"] != pytest.approx(frozen[0]["gap_shift"], rel=1e-2), "but it acts"
+def cos(a, b):
+    """(..., D) and (N, D) -> (..., N)."""
+    return F.cosine_similarity(a[..., None, :], b, dim=-1)
 
 
-def test_what_is_measured_is_what_the_formulas_say(looked):
-    learner, tasks, records = looked("tir", steps=2, tir_top=0.5)
-    visual, (text, hook_text) = learner.backbone.visual, learner.text()
-    for e, (task, record) in enumerate(zip(tasks, records)):
-        seen = {}
+def marked(look, patches, text):
+    """(n, L, N): the 21 patches that lie nearest each class."""
+    similar = cos(look.visual.ln_post(patches) @ look.visual.proj, text)
+    return (similar >= similar.sort(1).values[:, 15:16]).float()
 
-        def keep(tokens, layer):
-            seen[layer] = tokens.unflatten(0, (2, -1))[e, :, 1:]
+
+def close(found, wanted, rel=1e-4):
+    assert found.tolist() == pytest.approx([x.item() for x in wanted], rel=rel, abs=1e-6)
+
+
+def test_what_is_seen_of_patches(look_at):
+    look, seen = look_at("atha"), []
+    look.see(lambda tokens, layer: seen.append(tokens) or tokens)
+    patches = seen[3].unflatten(0, (2, -1))[1, :, 1:]                     # before block 3, of episode 1
+    texts, length = F.layer_norm(look.world.text[1], (64,)) @ look.visual.proj.T, patches.norm(dim=-1)
+    m, marks = cos(patches, texts).amax(-1).sort().values, marked(look, patches, look.world.more[1])
+    every, part = marks[..., :5].all(-1), look.learner.parts[1]
+    both = torch.stack([marks[..., i] * marks[..., j] for i in range(5) for j in range(i)]).mean()
+    close(look.blocks[1, 3], [
+        m.mean(), m[:, -3:].mean(), m[:, :3].mean(),
+        every.float().mean(), length[every].mean(), length.mean(),
+        both * 36 / 21, marks[every][:, 5:].mean() - 21 / 36,
+        part.alpha[1, 3], part.beta[1, 3], (part.beta[1, 3] < 0).float(),
+        100 * part.beta[1, 3].abs() * texts.norm(dim=-1).mean() / length.mean()])
+    assert look.measure("head") == look.blocks[:, 2, 1].tolist(), "block 8 of 12 is 2 of 4"
+    assert len(look.world.more[1].unique(dim=0)) == 7, "two classes are new"
+
+
+def test_what_is_measured_of_features(look_at):
+    look, g = look_at("svl"), data.generator("pairings")
+    image, text, truth = look.features[1], look.unit[1], look.world.truth[1]
+    gap = image.mean(0) - text.mean(0)
+    losses = torch.stack([F.cross_entropy(100 * cos(image - s * gap / 20, text + s * gap / 20), truth)
+                          for s in range(-20, 21)])
+    similar = [linear_cka(*(x[torch.randperm(len(x), generator=g)[:50]]
+                            for x in (image, look.source.features[1]))) for _ in range(20)]
+    found = [of()[1] for of in (look.accuracy, look.modality_gap, look.gap_shift, look.domain)]
+    close(torch.stack(found), [100 * (cos(image, text).argmax(-1) == truth).double().mean(), gap.norm(),
+                               losses[20] - losses.min(), torch.stack(similar).mean()])
+    assert look.measure("pictures") == [8, 8], "twice in three of five steps"
+    assert look.measure("parameters") == [2 * 4 * 3 * 16 * 256] * 2
+
+
+@pytest.mark.parametrize("name, rule", [("masking", lambda n: n < 5), ("enhancing", lambda n: 1 + (n == 1))])
+def test_domains_with_weighed_patches(look_at, name, rule):
+    look = look_at("clip-lora")
+    gain, before = getattr(look, name)(), look.domain()
+    for one in (look, look.source):
+        def hook(tokens, layer):
+            for rows, text in zip(tokens[:, 1:].chunk(2), one.world.text) if layer > 1 else ():
+                rows *= rule(marked(look, rows, text).sum(-1, keepdim=True))
             return tokens
-
-        def features(pictures, probe=None):
-            images = learner.prepare(pictures)[None].expand(2, -1, -1, -1, -1)
-            return learner.features(images, learner.hook(hook_text, probe))[e]
-        f = features(toy_pool().images[task.query], keep)
-        cosine = atha.cosines(seen[2], atha.text_to_tokens(hook_text[e], visual.proj)).max(-1).values
-        assert record["similarity"] == pytest.approx(cosine.mean().item(), rel=1e-4)
-        assert record["head"] > record["similarity"] > record["tail"]
-        sinks = atha.tir_marks(seen[2], hook_text[e], visual.ln_post, visual.proj, top=0.5).sum(-1) == 5
-        long, others = seen[2].norm(dim=-1)[sinks].mean().item(), seen[2].norm(dim=-1)[~sinks].mean().item()
-        assert sinks.any() and record["sink_share"] == pytest.approx(sinks.float().mean().item())
-        assert record["sink_norm"] == pytest.approx(long, rel=1e-4)
-        assert record["sink_length"] == pytest.approx(long / others, rel=1e-4)
-        shift = atha.gap_shift(f, text[e], task.truth, scale=100.0)
-        assert record["gap_shift"] == pytest.approx(shift.item(), rel=1e-3, abs=1e-5)
-        rows = torch.randperm(160, generator=generator("source", 1, e))[:30]
-        theirs = features(data.toy_pictures(10, seed=1, domain="source")[0][rows])
-        wanted = atha.domain_similarity(theirs, f, generator("pairings", 1, e))
-        assert record["domain"] == pytest.approx(wanted.item(), rel=1e-4)
-        assert record["domain_masked"] != record["domain"]
-
-
-def test_masking_nothing_changes_nothing_and_no_sink_has_no_length(looked):
-    for record in looked("clip-lora", steps=1, tir_top=0.0)[2]:
-        assert record["domain_masked"] == record["domain"] and 0 < record["domain"] < 1
-        assert record["sink_share"] == 0 and record["sink_norm"] is None and record["sink_length"] is None
+        one.features = one.see(hook)
+    close(gain, look.domain() - before, rel=0.05)                         # ranks close to each other may swap
 
 
 # ------------------------------------------------------------------------------------------- the command line
 
-@pytest.fixture
-def few(monkeypatch):
-    """Two claims instead of all."""
-    run = claims.run
-    monkeypatch.setattr(claims, "run", lambda args: run(args, [FALSE, TRUE]))
+def test_one_claim_built_to_be_false_and_one_to_be_true(monkeypatch, tmp_path):
+    monkeypatch.setattr(claims, "World", lambda *of, world=claims.World: world(*of[:-1], 4))       # queries
+    argv, kept = "--dataset toy --steps 2 --lr 0.1 --episodes 10 --out".split(), tmp_path / "kept.json"
+    kept.write_text('{"before": {"claims": {}, "effects": {}}}')
+    claims.main([*argv, str(kept)], [FALSE, TRUE])
+    runs = json.loads(kept.read_text())
+    said = runs["toy, 1-shot, seed 1"]["claims"]
+    assert said[FALSE.words] == ["undecided", 0, 0] and said[TRUE.words][0] == "holds" and "before" in runs
+    monkeypatch.setattr(train, "train", pytest.fail)                      # a rerun trains nothing
+    claims.main([*argv, str(kept)], [FALSE, TRUE])
 
 
-def test_one_claim_built_to_be_false_and_one_to_be_true(few, tmp_path, capsys, monkeypatch):
-    line = f"--dataset toy --steps 12 --lr 1e-3 --query 8 --episodes 6 --out {tmp_path}".split()
-    assert claims.main(line) == 0
+def test_two_episodes_from_end_to_end(capsys):
+    few = [claim for claim in CLAIMS if {claim.more, claim.less} <= {*claims.COLOURS, ""}]
+    claims.main("--dataset toy --steps 1 --episodes 2 --draw drawn --out kept.json".split(), few)
     said = capsys.readouterr().out
-    kept = json.loads((tmp_path / "claims-toy-5way-1shot-paper-seed1.json").read_text())
-    false, true = kept["rows"]
-    assert false["verdict"] != "holds" and (false["effect"], false["interval"]) == (0, 0)
-    assert true["verdict"] == "holds" and true["effect"] > 3
-    tuned, frozen = (kept["accuracies"][name][0] for name in ("clip-lora", "zero-shot"))
-    assert true["effect"] == pytest.approx(tuned - frozen) and f"| {true['claim']} |" in said
-    drawn = ElementTree.parse(tmp_path / "claims-toy-5way-1shot-paper-seed1.svg").getroot()
-    first, second = (float(circle.get("cx")) for circle in drawn.findall(".//{*}circle"))
-    assert first == 600 < second, "effects about zero"
-
-    monkeypatch.setattr(train, "adapt", pytest.fail)                      # nothing is trained again
-    assert claims.main(line) == 0 and claims.table(kept["rows"]) in capsys.readouterr().out
+    assert all(f"| {claim.words} ({claim.unit}) |" in said for claim in CLAIMS) and "| atha | 3 |" in said
+    assert len(ElementTree.parse("drawn/similarities.svg").findall("{*}polyline")) == 8
+    assert data.decode("drawn/patches.png").float().std() > 9
 
 
-def test_a_stopped_run_goes_on_with_what_it_has(few, tmp_path, monkeypatch):
-    line = f"--dataset toy --steps 1 --query 4 --batch 1 --episodes 2 --out {tmp_path}".split()
-    append, count = train.Results.append, []
-
-    def stop(results, records):
-        append(results, records)
-        count.extend(record for record in records if "episode" in record)
-        if len(count) == 3:                                               # before its accuracy is written
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Results, "append", stop)
-        assert claims.main(line) == 130
-    assert claims.main(line) == 0
-    rows = json.loads(next(tmp_path.glob("claims-*.json")).read_text())["rows"]
-    assert [row["episodes"] for row in rows] == [2, 2]
-
-
-def test_results_that_were_not_looked_into_are_refused(few, tmp_path, capsys):
-    line = "--dataset toy --steps 1 --query 4 --episodes 2".split()
-    assert train.main([*line, "--method", "clip-lora", "--out", str(tmp_path / "clip-lora")]) == 0
-    assert claims.main([*line, "--out", str(tmp_path)]) == 2
-    assert "results that were not looked into: give another --out" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("given, words", [
-    ("--shot 1 5", "one --shot"), ("--episodes 1", "two or more"), ("--method atha", "no --split"),
-    ("--split", "no --split"), ("--recipe released", "a trainer's --recipe"), ("--stpes 2", "--stpes"),
-    ("--source PICTURES", "has 12 pictures, fewer than an episode's 75 queries"),
-    ("--source nowhere", "nowhere"),
-    ("--device quantum", "--device quantum cannot be used")])
-def test_what_cannot_be_is_said_in_one_line(given, words, tmp_path, capsys):
-    given = given.replace("PICTURES", str(draw_pictures(tmp_path / "pictures", 2, 6)))
-    assert claims.main(f"--dataset toy --steps 1 --out {tmp_path / 'out'} {given}".split()) == 2
-    *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("claims.py: error: ") and words in last
-    assert not list(tmp_path.rglob("*.jsonl"))
-
-
-def test_the_picture_has_a_row_a_claim_and_a_scale_a_unit():
-    row = {"claim": "a < b", "paper": "P", "reported": "", "episodes": 9, "because": ""}
-    rows = [row | {"unit": unit, "effect": effect, "interval": interval, "verdict": verdict}
-            for unit, effect, interval, verdict in (
-                ("points", 1.0, 0.5, "holds"), ("points", -3.0, 0.0, "does not hold"),
-                ("CKA", 0.001, 0.001, "undecided"), ("share", None, None, "nothing to see here"))]
-    rows[3]["because"] = "there are none"
-    root = ElementTree.fromstring(claims.picture(rows, "title"))
-    bars = [(float(bar.get("x")) - 600, float(bar.get("width"))) for bar in root.findall(".//{*}rect")]
-    unit = 110 / 3
-    wanted = ((0.5 * unit, unit), (-110, 0), (0, 110))
-    assert bars == [pytest.approx(bar, abs=0.1) for bar in wanted]
-    words = [text.text for text in root.findall("{*}text")]
-    assert words.count("a < b") == 4 and "+1.00 ± 0.50 points" in words
-    assert words[-1] == "nothing to see here"
-    assert "| a < b | P |  |  | nothing to see here: there are none |" in claims.table(rows)
+def test_effects_are_drawn_where_their_numbers_say():
+    runs = {"one": {"effects": {"atha": [1.0, 0.5], "tir": [-3.0, 1.0]}}, "two": {"effects": {"tir": [0, 0]}}}
+    root = ElementTree.fromstring(claims.draw_effects(runs))
+    assert [dot.get("cx") for dot in root.findall(".//{*}circle")] == "300.0 220.0 470.0".split()
+    assert root.find("{*}g/{*}path").get("d") == "M290.0 40h20.0", "20 pixels a point"
