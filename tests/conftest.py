@@ -4,18 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")         # small matrices: a second thread is in the way
 import pytest
 import torch
 from PIL import Image
 
 REPO, HERE = Path(__file__).parents[1], Path(__file__).parent
 sys.path[:0] = [str(REPO), str(HERE)]
-os.environ.setdefault("OMP_NUM_THREADS", "1")         # small matrices: a second thread is in the way
 
-import clip_min  # noqa: E402
-import data  # noqa: E402
-import toy_world  # noqa: E402
-import train  # noqa: E402
+import clip_min
+import data
+import toy_world
+import train
 
 TOY_CLIP = HERE / "toy_clip.safetensors"
 

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import HERE, REPO, TOY_CLIP, command, from_environment, refused, same
+from conftest import HERE, REPO, TOY_CLIP, from_environment, refused, same
 from safetensors.torch import load_file
 
 import clip_min
@@ -206,25 +206,25 @@ def test_other_settings_are_another_file(tmp_path, capsys):
     assert all(len(lines) == 3 for lines in files.values()), "nothing was done twice"
 
 
-def test_two_processes_share_the_episodes(tmp_path):
-    """As torchrun starts them; one alone says that it waits; the files together are those of one process."""
+def test_two_processes_share_the_episodes(tmp_path, capsys, monkeypatch):
+    """As torchrun numbers them: a file each, together those of one process; one alone says that it waits."""
     argv = ["--dataset", "toy", "--method", "clip-lora", "--steps", "2", "--episodes", "5", "--batch", "1"]
-    for rank in "10":
-        done = command(*argv, "--out", tmp_path / "two", env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
-        assert done.returncode == 0 and ("clip-lora |" in done.stdout) == (rank == "0"), done.stderr
     assert main([*argv, "--out", str(tmp_path / "one")]) == 0
+    monkeypatch.setattr(train, "WORLD", 2)
+    for rank in (1, 0):
+        monkeypatch.setattr(train, "RANK", rank)
+        capsys.readouterr()
+        assert main([*argv, "--out", str(tmp_path / "two")]) == 0
+        assert ("| clip-lora |" in capsys.readouterr().out) == (rank == 0)
     first, second = results_in(tmp_path / "two").values()
-    assert [len(first), len(second)] == [2, 3] or [len(first), len(second)] == [3, 2]
+    assert {len(first), len(second)} == {2, 3}
     (_, one), = results_in(tmp_path / "one").items()
     assert sorted([*first, *second], key=lambda line: line["episode"]) == one
-    argv = [sys.executable, str(REPO / "train.py"), *argv, "--out", str(tmp_path / "alone")]
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
-    alone = subprocess.Popen(argv, env=environment, stderr=subprocess.PIPE, text=True)
-    for line in alone.stderr:
-        if "episodes of other processes to wait for" in line:
-            break
-    alone.send_signal(signal.SIGINT)
-    assert alone.wait(20) != 0
+
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main([*argv, "--out", str(tmp_path / "alone")])
+    assert "2 episodes of other processes to wait for" in capsys.readouterr().err
 
 
 def test_out_of_memory_halves_the_batch(tmp_path, capsys, monkeypatch):
