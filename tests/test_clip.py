@@ -360,6 +360,7 @@ hf-clip-gelu  text_config.eos_token_id=5  "eos_token_id": 5
 hf-clip-gelu  model_type="clipseg"  "clipseg"
 hf-clip-gelu  quantization_config.bits=4  "quantization_config"
 hf-clip-gelu  preprocessor:size.shortest_edge=40  "shortest_edge": 40
+hf-clip-gelu  preprocessor:size=40 preprocessor:crop_size=32  "size": 40
 hf-siglip2  model_type="siglip2"  "siglip2"
 hf-siglip2  preprocessor:do_normalize=false  "do_normalize": false
 hf-siglip2  preprocessor:rescale_factor=0.0078  "rescale_factor": 0.0078
