@@ -1,6 +1,7 @@
-"""Train the toy CLIP on clean coloured shapes: python tests/make_toy_clip.py [FILE, toy_clip.safetensors beside it]
+"""Train the toy CLIP on clean coloured shapes: python tests/make_toy_clip.py [FILE]
 
-CLIP's contrastive idea with a closed set of captions: each picture against one text a class, in three wordings.
+CLIP's contrastive idea with a closed set of captions: each picture against one text a class, in three
+wordings. FILE is toy_clip.safetensors beside this, if none is given.
 """
 import json
 import sys
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from clip_min import CLIP, CLIPConfig, Tokenizer, load, save  # noqa: E402
+from clip_min import CLIP, CLIPConfig, Tokenizer, save  # noqa: E402
 from data import plain  # noqa: E402
 from toy_world import TOY_CLASSES, toy_pictures  # noqa: E402
 
@@ -54,21 +55,8 @@ def train() -> CLIP:
     return clip
 
 
-@torch.no_grad()
-def report(path: Path) -> None:
-    """Zero-shot accuracy among all classes, on pictures of both domains that were not trained on."""
-    clip, tokenizer = load(path)
-    token_ids = tokenizer([PROMPTS[0].format(c) for c in TOY_CLASSES], CONFIG.context)
-    text = F.normalize(clip.encode_text(token_ids), dim=-1)                              # (N, embed)
-    for domain in ("source", "target"):
-        pictures, labels = toy_pictures(200, 1, domain)
-        found = torch.cat([(encode(clip, some) @ text.T).argmax(-1) for some in pictures.split(400)])
-        print(f"{domain}: zero-shot {(found == labels).float().mean():.1%}, {len(TOY_CLASSES)} classes")
-
-
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_name("toy_clip.safetensors"))
     weights = {name: tensor.half() for name, tensor in train().state_dict().items()}
     save(weights, target, {"config": json.dumps(asdict(CONFIG)), "merges": ""})
     print(f"{target}: {target.stat().st_size / 1e6:.2f} MB")
-    report(target)
