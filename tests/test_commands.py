@@ -37,7 +37,7 @@ def test_fit_predict_and_what_they_say(tmp_path, capsys):
     assert 1 >= float(p) >= float(q) and float(p) + float(q) <= 1.000001
     right = sum(row[1] == row[0].split("/")[-2] for row in rows)
     assert f"accuracy {100 * right / 13:.2f} % of 13 pictures" in err and right > 3
-    learner, _ = train.load_tuned("leaf.safetensors", train.parse(["--predict", "leaf.safetensors"]))
+    learner, _ = train.load_tuned("leaf.safetensors", train.parse(["--predict", "leaf.safetensors", "x"]))
     picture = learner.prepare(data.decode(new / "circle/00.png", learner.size))[None, None]
     assert learner.logits(picture)[0, 0].softmax(-1).max().item() == pytest.approx(float(p), abs=1e-5)
 
