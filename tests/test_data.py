@@ -354,7 +354,7 @@ PICTURES = {     # how a ramp from black to white is written
         b"P5 60 60 4095\n" + (RAMP * 4095).astype(">u2").tobytes()),
 }
 REFUSED = {
-    "12 in 16.png": numbers(4095, "uint16"), 
+    "12 in 16.png": numbers(4095, "uint16"),
     "12 in 16 rgb.png": lambda path: path.write_bytes(TWELVE), "8 in 32.tif": numbers(255, "int32"),
     "32.tif": numbers(2 ** 31 - 1, "int32"), "signed.tif": numbers(40000, "int32", shift=-9),
     "to 1.tif": numbers(1, "float32"),
