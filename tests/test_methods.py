@@ -259,7 +259,8 @@ def test_the_steps_in_which_a_loss_acts(share, count):
 def test_prompts_start_as_words_and_deeper_projections_as_copies_of_one(toy):
     ids = made_episodes(toy[0])[2]
     deep = clip_min.CLIP(replace(toy[0].config, text_layers=4))
-    coop, maple = (start(deep, ids, method, Recipe(), None, 3).parts[0] for method in ("coop", "maple"))
+    seeds = range(len(ids))
+    coop, maple = (start(deep, ids, method, Recipe(), seeds, 3).parts[0] for method in ("coop", "maple"))
     words = deep.token_embedding(ids[:, 0])
     assert torch.equal(coop.context, words[:, 1:5]) and torch.equal(maple.prompts[:, 0], words[:, 1:3])
     assert maple.prompts[:, 1:].std().item() == pytest.approx(0.02, rel=0.1)
