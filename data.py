@@ -38,26 +38,21 @@ from torchvision.datasets.folder import is_image_file
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "atha")
 nfc = partial(unicodedata.normalize, "NFC")          # a Mac's zip spells an accent as a character of its own
 
-
 class DataError(ValueError):
     """Pictures or labels that cannot be had or used; the message is one line for the user."""
-
 
 def digest(*what: object) -> str:
     """16 hexadecimal digits that stand for values, the same in every process."""
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
-
 def generator(*key: object) -> torch.Generator:
     """A random generator that depends on the key alone."""
     return torch.Generator().manual_seed(int(digest(*key)[:14], 16))
-
 
 @cache
 def say(line: str):
     """Print a line on stderr, once."""
     print(line, file=sys.stderr)
-
 
 class Progress:
     """Says on stderr what begins, then every few seconds how much of it is done and the time left."""
@@ -84,7 +79,6 @@ class Task(NamedTuple):
     labels: Tensor      # (M,) 0..N-1, places in classes
     query: Tensor       # (Q,) rows of its images; of a split, of its queries
     truth: Tensor       # (Q,) 0..N-1
-
 
 @dataclass
 class Pool:
@@ -158,18 +152,15 @@ Rows = list                                               # of such tuples of th
 LITTER = {*"__MACOSX @eaDir #recycle $RECYCLE.BIN lost+found".split()}    # of macOS, Synology, Windows, Linux
 TEST = "test val valid validation".split()                # what people call the part that is tested on
 
-
 def files_in(folder: Path) -> list:
     """Paths of all files and empty folders below a folder, sorted, without hidden ones and litter."""
     paths = map(Path, glob("**", root_dir=folder, recursive=True))
     return sorted(path for path in paths if not LITTER & {*path.parts}
                   and (is_image_file(path.name) or not any(Path(folder, path).glob("*"))))
 
-
 def pictures_in(folder: Path) -> list:
     """All pictures below a folder, sorted, without hidden ones and litter."""
     return [Path(folder, path) for path in files_in(folder) if is_image_file(path.name)]
-
 
 def list_folders(root: Path, under: str = "", names={}) -> Rows:
     """Class folders, each called as in names; or train/ and test/ (or val/) that hold them: the split.
@@ -202,7 +193,6 @@ def list_folders(root: Path, under: str = "", names={}) -> Rows:
         raise DataError(f"in {place} there is a second folder, accents and _ aside, for each of {twins!a}")
     return [(part, join(under, *parts), names.get(parts[-2], parts[-2])) for part, parts in rows]
 
-
 def list_imagenet(root: Path) -> Rows:
     """Folders n01440764, ... in train/ and val/; classnames.txt has lines of such a name and its words."""
     words = {}
@@ -211,19 +201,16 @@ def list_imagenet(root: Path) -> Rows:
         words[folder] = f"{name} {folder}" if name in words.values() else name
     return list_folders(root, "images" if (root / "images").is_dir() else "", words)
 
-
 def list_aircraft(root: Path) -> Rows:
     """Lists of FGVC-Aircraft: a picture's seven digits, a space, its variant."""
     return [(part, f"images/{line[:7]}.jpg", line[8:]) for part in ("train", "test")
             for line in (root / f"images_variant_{part}.txt").read_text().splitlines()]
-
 
 def list_split(root: Path, split: str, pictures: str) -> Rows:
     """CoOp's splits: {"train": [[picture, label, class name], ...], "test": ...}; its val is left out."""
     parts = json.loads((root / split).read_text())
     return once([(part, join(pictures, picture), name) for part in ("train", "test")
                  for picture, label, name in sorted(parts[part], key=lambda row: row[1])])
-
 
 def list_eurosat(root: Path) -> Rows:
     """All class folders, in their order, for episodes; where CoOp's split is beside them, its parts too."""
@@ -233,23 +220,19 @@ def list_eurosat(root: Path) -> Rows:
     rows = {row[1]: row for row in rows}.values()
     return [(part, path, EUROSAT.get(name, name)) for part, path, name in rows]
 
-
 def table(file: Path) -> list:
     return [*csv.DictReader(file.read_text("utf-8-sig").splitlines())]
-
 
 def list_isic(root: Path) -> Rows:
     rows = table(root / "ISIC2018_Task3_Training_GroundTruth/ISIC2018_Task3_Training_GroundTruth.csv")
     return [("", f"ISIC2018_Task3_Training_Input/{row['image']}.jpg", name) for row in rows
             for key, name in ISIC.items() if float(row[key]) == 1]
 
-
 def list_chestx(root: Path) -> Rows:
     """Only pictures with exactly one finding, of the seven."""
     where = {path.name: str(path) for path in files_in(root)}
     return [("", where.get(row["Image Index"], row["Image Index"]), row["Finding Labels"])
             for row in table(root / "Data_Entry_2017.csv") if row["Finding Labels"] in CHESTX]
-
 
 def once(rows: Rows) -> Rows:
     """The rows with paths normalised and names composed, each picture once. Raises DataError for twins."""
@@ -259,7 +242,6 @@ def once(rows: Rows) -> Rows:
         if known.setdefault(row[1], row) != row:
             raise DataError(f"one picture is listed twice: as {known[row[1]]} and as {row}")
     return [*known.values()]
-
 
 EUROSAT = dict(pair.split("=") for pair in (
     "AnnualCrop=Annual Crop Land|HerbaceousVegetation=Herbaceous Vegetation Land|Highway=Highway or Road|"
@@ -281,7 +263,6 @@ class Dataset(NamedTuple):
     source: str
     prompt: str = None
     archives: tuple = ()
-
 
 COOP = "as DATASETS.md in github.com/KaiyangZhou/CoOp says"
 KAGGLE = "get it by curl -L -o a.zip https://www.kaggle.com/api/v1/datasets/download/"
@@ -322,7 +303,6 @@ GROUPS = {"all": "eurosat isic cropdiseases chestx".split(),              # the 
 OWN = Dataset("", list_folders, f"there are toy, {', '.join(DATASETS)}, or a folder of class folders")
 TOY = Path(__file__).resolve().parent / "tests"                          # toy_world.py, toy_clip.safetensors
 
-
 def look(name: str, root: Path, split: bool) -> tuple[Path, Rows]:
     """A dataset's folder and what is in it, fetched if it is not there and can be. Raises DataError."""
     known = DATASETS.get(name, OWN)
@@ -346,7 +326,6 @@ def look(name: str, root: Path, split: bool) -> tuple[Path, Rows]:
                         f"known set's split_zhou_*.json, {COOP}")
     return folder, rows
 
-
 def find(names: list, root="datasets", split=False):
     """Raises one DataError that says of all datasets what is wrong, but for those that `load` can fetch."""
     problems = []
@@ -358,7 +337,6 @@ def find(names: list, root="datasets", split=False):
             problems.append(str(e))
     if problems:
         raise DataError("; ".join(problems))
-
 
 def fetch(url: str, folder: Path, known: Dataset) -> None:
     """Download a zip archive, unless it is there and whole, and unpack it. Raises DataError."""
@@ -377,7 +355,6 @@ def fetch(url: str, folder: Path, known: Dataset) -> None:
         if not isinstance(e, OSError):                                   # a damaged archive
             archive.unlink(missing_ok=True)
         raise DataError(f"cannot download {url} ({e}): run again, or {known.source}, into {folder}") from e
-
 
 def load(name: str, root="datasets", size=None, split=False, broken=None) -> Pool:
     """The dataset called `name` under root, fetched at need; or "toy"; or the folder at the path `name`.
@@ -410,7 +387,6 @@ def load(name: str, root="datasets", size=None, split=False, broken=None) -> Poo
 FORMATS = "JPEG PNG PPM BMP TIFF WEBP GIF".split()
 UNCLEAR = "nothing says which of its numbers is white: keep it with 8 bits, or all 16, a channel"
 
-
 def open_picture(path: Path) -> Image.Image:
     """A picture of FORMATS as RGB, upright by its EXIF orientation. Raises DataError naming the file.
 
@@ -435,17 +411,14 @@ def open_picture(path: Path) -> Image.Image:
     except Exception as e:                          # Pillow's readers raise all sorts: struct.error, KeyError
         raise DataError(f"cannot read {path}: {' '.join(str(e).split()) or type(e).__name__}") from e
 
-
 def fitted(image: Image.Image, size: int, centre=False) -> Tensor:
     """A picture as (3, size, size) uint8, bicubic: squashed; centre: its middle, by OpenAI's preparation."""
     image = TF.resize(image, size if centre else [size, size], Image.BICUBIC)
     return TF.pil_to_tensor(TF.center_crop(image, size))
 
-
 def decode(path: Path, size=256) -> Tensor:
     """A picture file squashed to (3, size, size) uint8. Raises DataError naming the file."""
     return fitted(open_picture(path), size)
-
 
 def decoded(folder: Path, rows: Rows, size: int, centre=False, broken=None) -> tuple:
     """Rows whose pictures can be read, those mapped as (N, 3, S, S) uint8, the bytes of their sides (N, 16).
@@ -502,13 +475,11 @@ def normalize(images: Tensor, config) -> Tensor:
     channels = zip(images.unbind(-3), config.mean, config.std)           # numbers: a GPU waits for tensors
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], -3)
 
-
 def plain(images: Tensor, config, centre=False) -> Tensor:
     """(..., 3, S, S) uint8 -> normalised for a backbone; centre: of 257/224 its size, cropped."""
     size = config.image
     whole = TF.resize(images / 255, round(size * 257 / 224) if centre else size)
     return normalize(TF.center_crop(whole, size), config)
-
 
 def crop_boxes(sides: Tensor, u: Tensor, least=0.08) -> tuple:
     """Boxes as torchvision's RandomResizedCrop draws them: top left corners, heights and widths, (B, 2) each.
@@ -526,7 +497,6 @@ def crop_boxes(sides: Tensor, u: Tensor, least=0.08) -> tuple:
     corners = torch.where(first < 10, u[:, 20:22, None] * (sides - boxes + 1), (sides - boxes) / 2).floor()
     return corners[..., 0], boxes[..., 0]
 
-
 def random_crop(images: Tensor, u: Tensor, sides: Tensor, size: int, least=0.08, bicubic=False) -> Tensor:
     """Random crop (area least..1, ratio 3/4..4/3), then a flip; images (B, 3, S, S) -> (B, 3, size, size).
 
@@ -543,7 +513,6 @@ def random_crop(images: Tensor, u: Tensor, sides: Tensor, size: int, least=0.08,
     crops = F.grid_sample(images, grid, "bicubic" if bicubic else "bilinear", "border", align_corners=False)
     return F.avg_pool2d(crops, finer).clamp(0, 1)                                    # bicubic overshoots
 
-
 def released_view(image: Tensor, view: int, u) -> Tensor:
     """One of the released five views of a picture (3, S, S) uint8; u: five numbers in 0..1, the chance in it.
 
@@ -555,7 +524,6 @@ def released_view(image: Tensor, view: int, u) -> Tensor:
         for adjust, x in zip((TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation), u[1:]):
             image = adjust(image, 0.6 + 0.8 * x)
     return TF.horizontal_flip(image) if view in (1, 4) and u[4] < 0.5 else image
-
 
 class Batches:
     """The pictures of every training step for E tasks at once, the same whenever a step is asked for.

@@ -133,7 +133,6 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
             part.picks.copy_(picks.reshape(len(picks), -1, picks.shape[-1]))
     return train(learner, batch)
 
-
 def start(clip: CLIP, token_ids: Tensor, method: str, recipe: Recipe, seeds: Sequence, rows: int) -> Learner:
     """A learner before its first step, with what each episode draws by its seed. rows: B, pictures a step."""
     learner, generators = Learner(clip, token_ids, method, recipe), [generator("learner", s) for s in seeds]
@@ -141,7 +140,6 @@ def start(clip: CLIP, token_ids: Tensor, method: str, recipe: Recipe, seeds: Seq
     for part in learner.parts:
         part.draw(generators, rows)
     return learner
-
 
 def train(learner: Learner, batches: Batch, report: Callable = int) -> Learner:
     """The training loop. batches(number): as data.Batches gives them; report(number) hears of every step."""
@@ -171,14 +169,12 @@ def train(learner: Learner, batches: Batch, report: Callable = int) -> Learner:
     learner.losses = torch.stack(losses) if losses else torch.zeros(0, len(learner.token_ids))    # (steps, E)
     return learner.eval()
 
-
 def make_optimizers(learner: Learner) -> list[torch.optim.Optimizer]:
     """One for each group of parameters that a part learns."""
     kinds = {    # momentum and decay of SGD are the released trainer's, and CoOp's and MaPLe's
         "adamw": partial(torch.optim.AdamW, weight_decay=learner.recipe.weight_decay, fused=True),
         "sgd": partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)}
     return [kinds[kind](parameters, lr) for part in learner.parts for kind, parameters, lr in part.groups()]
-
 
 def learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, number: int) -> float:
     """Of step `number`: AdamW's cosine to 1e-6; CoOp's and MaPLe's 1e-5, then cosine to 0; or constant."""
@@ -190,7 +186,6 @@ def learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, number: int)
     else:
         return first
     return 1e-5 if done < 0 else last + (first - last) * (1 + cos(pi * done)) / 2
-
 
 class Learner(nn.Module):
     """A backbone with what E episodes learn on it, in `parts`. token_ids (E, N, context)."""
@@ -284,7 +279,6 @@ CHOICES = {name: words.split() for name, words in {
     "ra": "released softmax"}.items()}
 ALWAYS, TRAINING = "prompt scale augment", "tune steps minibatch weight_decay cosine crop_area bicubic"
 
-
 @cache
 def load_own(place: str) -> type[Part]:
     """The class of a user's own method, "FILE.py:NAME", with its code. Raises UsageError."""
@@ -296,11 +290,9 @@ def load_own(place: str) -> type[Part]:
     part.code = Path(file).read_text()
     return part
 
-
 def names_in(method: str) -> list[str]:
     """"a+b@x=1@y=2": the names a and b, before the settings."""
     return method.partition("@")[0].split("+")
-
 
 def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]:
     """What a method, or several joined with +, switches on, with the halves of each, in the order of acting.
@@ -317,7 +309,6 @@ def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]
     if on and tune and not any(part.tunes and "clip-lora" not in part.names for part in on):
         on = parts_of(tune, tune="") | on
     return {part: on[part] for part in [*PARTS, *on] if part in on}
-
 
 def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "", **values: object) -> Recipe:
     """A recipe by its name for a method, a shot and a dataset: what the trainers set by hand.
@@ -346,14 +337,12 @@ def recipe_for(name: str, method: str, shot: int = 1, dataset: str = "", **value
         values[field] = value
     return change(recipe, values)
 
-
 def change(recipe: Recipe, values: dict[str, object]) -> Recipe:
     """The recipe with other values; a list, as JSON and flags have it, is a tuple. Raises UsageError."""
     for name, value in values.items():
         if not hasattr(recipe, name) or value not in CHOICES.get(name, [value]):
             raise UsageError(f"no recipe has {name} {value}: --help lists what there is")
     return replace(recipe, **{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
-
 
 def settings_of(clip: CLIP, method: str, recipe: Recipe) -> dict:
     """What makes a learner what it is, but for its pictures: two are alike if these are.
@@ -377,7 +366,6 @@ def class_rows(tokenizer: Tokenizer, prompt: str, names: Sequence[str], clip: CL
     if len(rows.unique(dim=0)) < len(rows):
         raise UsageError(f"two classes have one text under the prompt {prompt!r}: nothing tells them apart")
     return rows.to(clip.logit_scale.device)
-
 
 @dataclass
 class Job:
@@ -405,13 +393,11 @@ class Job:
         passes = torch.stack([task.query for task in tasks]).split(25, 1)            # (E, 25), ...
         return torch.cat([learner.logits(learner.prepare(images[rows])).cpu() for rows in passes], 1)
 
-
 def task_of(args: Namespace, pool: Pool, shot: int, number: int) -> Task:
     """The task of a number, 0, 1, ...: an episode, or with --split all classes."""
     if args.split:
         return pool.split(shot, args.seed + number)
     return pool.task(number, args.way, shot, args.query, args.seed)
-
 
 def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, range]:
     """Train this process's share of what is not done yet, in batches of tasks.
@@ -457,7 +443,6 @@ def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, r
         done += len(numbers)
     return file, episodes
 
-
 def begin_file(file: Path, settings: dict) -> None:
     """Make a file of results ready for the next line: half a line of a run that was killed is cut off."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -467,18 +452,15 @@ def begin_file(file: Path, settings: dict) -> None:
     else:
         append(file, settings)
 
-
 def append(file: Path, *records: dict) -> None:
     with open(file, "ab", buffering=0) as out:
         out.write("".join(json.dumps(record) + "\n" for record in records).encode())
-
 
 def read_results(file: Path) -> dict[int, float]:
     """The accuracy of every finished episode, by its number, of all processes' files."""
     lines = [line for part in file.parent.glob(f"{escape(file.stem)}*.jsonl")
              for line in part.read_bytes().splitlines(keepends=True)[1:] if line.endswith(b"\n")]
     return {record["episode"]: record["accuracy"] for record in map(json.loads, lines)}
-
 
 def wait_for_all(file: Path, episodes: range) -> dict[int, float]:
     """read_results of these episodes, once the other processes have done theirs too."""
@@ -509,20 +491,17 @@ pe-core  svl          1     45.01        86.83        93.03         23.66       
 pe-core  svl          5     -            -            -             -            70.29
 """
 
-
 def paper_figure(column: str, *row: object) -> str:
     """What the papers report of a (family, method, shot) on a dataset, or the mean; "" if nothing."""
     head, *rows = map(str.split, PAPER.strip().splitlines())
     figures = {tuple(cells[:3]): dict(zip(head, cells)) for cells in rows}.get((*map(str, row),), {})
     return "paper " + figures[column] if figures.get(column, "-") != "-" else ""
 
-
 def mean_text(values: Sequence[float], sign: str = "") -> str:
     """Mean, and of ten values or more half the 95 % interval, 1.96 std / sqrt(n)."""
     a = torch.tensor([*values], dtype=torch.float64)
     interval = f" ± {1.96 * a.std(correction=0).item() / len(a) ** 0.5:.2f}" if len(a) >= 10 else ""
     return f"{a.mean().item():{sign}.2f}{interval}"
-
 
 def table(cells: dict, shot: int, family: str) -> str:
     """A row a method, a column a dataset; in brackets, minus the first method on the same episodes.
@@ -550,7 +529,6 @@ def table(cells: dict, shot: int, family: str) -> str:
 
 # --fit sees up to 64 pictures a step; of more, 16, in four times the steps; under 30 tested tell little
 AT_ONCE, MINI, FEW = 64, 16, 30
-
 
 def fit(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
     """Fine-tune once on a folder of class folders, test on --holdout pictures a class, keep the result.
@@ -580,7 +558,6 @@ def fit(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
     print(f"saved {args.save}")
     return len(broken[:1])
 
-
 def load_tuned(path: str, args: Namespace) -> tuple[Learner, Tokenizer]:
     """What --save kept, on the weights that it was made with: a Learner with .classes and .size, of pictures.
 
@@ -606,7 +583,6 @@ def load_tuned(path: str, args: Namespace) -> tuple[Learner, Tokenizer]:
     learner.classes, learner.size = notes["classes"], notes["size"]
     return learner.eval(), tokenizer
 
-
 def predict(args: Namespace, learner: Learner) -> int:
     """A line a picture: path, class, probability, runner-up, its probability; 1 if one cannot be read."""
     right, code = [], 0
@@ -627,7 +603,6 @@ def predict(args: Namespace, learner: Learner) -> int:
     if right:
         print(f"accuracy {100 * sum(right) / len(right):.2f} % of {len(right)} pictures", file=sys.stderr)
     return code
-
 
 def export(args: Namespace, learner: Learner, tokenizer: Tokenizer) -> int:
     """Write a folder that transformers loads: the model with LoRA merged, and the class texts."""
@@ -660,7 +635,6 @@ def export(args: Namespace, learner: Learner, tokenizer: Tokenizer) -> int:
 
 ALL = {"all": "zero-shot clip-lora atha tir svl".split()}
 
-
 @dataclass
 class Options:
     """What to run, each a flag, beside the recipe's."""
@@ -685,7 +659,6 @@ class Options:
     save: str = "tuned.safetensors"    # where --fit keeps what it learns
     holdout: int = 0                   # pictures a class that --fit is tested on, not fitted to
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UsageError(f"{message}; --help lists all, --dataset toy needs no download")
@@ -700,7 +673,6 @@ class Parser(argparse.ArgumentParser):
                 "choices": CHOICES.get(f.name), "nargs": "+" if "tuple" in f.type else None}
             group.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **how,
                                help=f"{comments.get(f.name, '')} (default {f.default})")
-
 
 def parse(argv: list[str] | None = None) -> Namespace:
     """The command line, and what follows from it; .values: the fields of the recipe that it gives."""
@@ -723,7 +695,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
         args.weights = str(data.TOY / "toy_clip.safetensors")
     return args
 
-
 def plan(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> dict:
     """The job of every (method, shot, dataset) asked for, each tried as far as it can be without training."""
     data.find(args.dataset, args.data, args.split)
@@ -737,7 +708,6 @@ def plan(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> dict:
         task_of(args, pool, shot, 0)
         jobs[method, shot, dataset] = Job(clip, pool, rows, method, recipe)
     return jobs
-
 
 def compare(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
     """Run every method on every dataset at every shot, and print the tables."""
@@ -755,7 +725,6 @@ def compare(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
     print("\n\n".join(table(cells, shot, c.family if papers else "") for shot in args.shot))
     return 0
 
-
 def load_clip(args: Namespace, place: str = "") -> tuple[CLIP, Tokenizer]:
     """--weights, or those at a place."""
     dtype = getattr(torch, "float32" if args.export else args.precision)
@@ -763,7 +732,6 @@ def load_clip(args: Namespace, place: str = "") -> tuple[CLIP, Tokenizer]:
     if clip.config.vision_width < 512:     # on two quiet cores as fast as two threads, in 0.6 of the CPU time
         torch.set_num_threads(1)
     return clip, tokenizer
-
 
 def run(argv: list[str] | None) -> int:
     """What was asked for; returns the exit code."""
@@ -776,7 +744,6 @@ def run(argv: list[str] | None) -> int:
         return export(args, *load_tuned(args.export[0], args))
     return fit(args, *load_clip(args)) if args.fit else compare(args, *load_clip(args))
 
-
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 2 for a request that cannot be met, said in one line."""
     try:
@@ -786,7 +753,6 @@ def main(argv: list[str] | None = None) -> int:
             raise                                             # from the user's own code: where, is wanted
         print("train.py: error:", *str(e).split(), file=sys.stderr)
         return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())
