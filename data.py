@@ -318,8 +318,8 @@ def look(name: str, root: Path, split: bool) -> tuple[Path, Rows]:
             raise
         except (OSError, LookupError, TypeError, ValueError) as e:
             if not url:
-                raise DataError(f"{name}: {folder} is not whole, {type(e).__name__} {e}; "
-                                f"{known.source}") from e
+                raise DataError(f"{name}: {folder} is not {'whole' if folder.is_dir() else 'there'}, "
+                                f"{type(e).__name__} {e}; {known.source}") from e
         fetch(url, folder, known)
     if split and not {"train", "test"} <= {part for part, _, _ in rows}:
         raise DataError(f"{name}: no split: give train/ and test/ with folders of the same classes, or a "

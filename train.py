@@ -697,7 +697,6 @@ def parse(argv: list[str] | None = None) -> Namespace:
 
 def plan(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> dict:
     """The job of every (method, shot, dataset) asked for, each tried as far as it can be without training."""
-    data.find(args.dataset, args.data, args.split)
     pools = {name: data.load(name, args.data, clip.config.image, args.split) for name in args.dataset}
     jobs = {}
     for dataset, shot, method in product(args.dataset, args.shot, args.method):
@@ -736,6 +735,7 @@ def load_clip(args: Namespace, place: str = "") -> tuple[CLIP, Tokenizer]:
 def run(argv: list[str] | None) -> int:
     """What was asked for; returns the exit code."""
     args = parse(argv)
+    data.find(args.dataset, args.data, args.split)         # all that is missing is told before a download
     torch.set_flush_denormal(True)         # gradients below 1e-38 are 0: CPUs compute with them far slower
     torch.backends.cudnn.allow_tf32 = False          # float32 means float32, in the patch convolution too
     if args.predict:
