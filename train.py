@@ -74,7 +74,7 @@ class Recipe:
     dropout: float = 0.25              # on its input
     lora: str = "vision"               # tower: vision, text or both
     # CoOp and MaPLe
-    prompt_schedule: bool = True       # their SGD: one step at 1e-5, then cosine to 0
+    prompt_schedule: bool = True       # their SGD (ATHA's, too): one step at 1e-5, then cosine to 0
     context: int = 4                   # CoOp: learned vectors in place of the prompt's first tokens
     context_lr: float = 2e-3
     maple_prompts: int = 2             # MaPLe: prompt vectors a block
@@ -165,8 +165,9 @@ def train(learner: Learner, batches: Batch, report: Callable = int) -> Learner:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-        report(number + 1)
-    learner.losses = torch.stack(losses) if losses else torch.zeros(0, len(learner.token_ids))    # (steps, E)
+        report(number)
+    learner.losses = torch.stack(losses) if losses else torch.zeros(0)                          # (steps, E)
+    vars(learner).pop("text_and_hook", None)                             # of before, if it was asked then
     return learner.eval()
 
 def make_optimizers(learner: Learner) -> list[torch.optim.Optimizer]:
@@ -300,7 +301,7 @@ def parts_of(method: str, tune: str = "clip-lora") -> dict[type[Part], set[str]]
     tune: the ways to tune where the method names none, or clip-lora alone. Raises UsageError.
     """
     on = {}
-    for name in names_in(method) if method != "zero-shot" else ():
+    for name in filter("zero-shot".__ne__, names_in(method)):
         parts = [load_own(name)] if ":" in name else [part for part in PARTS if name in part.names]
         if not parts:
             raise UsageError(f"unknown method {name!r}: choose from {', '.join(METHODS)}, FILE.py:NAME, "
@@ -341,7 +342,7 @@ def change(recipe: Recipe, values: dict[str, object]) -> Recipe:
     """The recipe with other values; a list, as JSON and flags have it, is a tuple. Raises UsageError."""
     for name, value in values.items():
         if not hasattr(recipe, name) or value not in CHOICES.get(name, [value]):
-            raise UsageError(f"no recipe has {name} {value}: --help lists what there is")
+            raise UsageError(f"{name} is not {value}, but {' '.join(CHOICES.get(name, ['see --help']))}")
     return replace(recipe, **{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
 def settings_of(clip: CLIP, method: str, recipe: Recipe) -> dict:
@@ -384,7 +385,7 @@ class Job:
         learner = start(self.clip, token_ids, self.method, self.recipe, seeds, rows=batches.shown)
         if not train(learner, batches, report).losses[-1:].isfinite().all():
             raise UsageError(f"the loss is not a number in one of the episodes {[n for *_, n in seeds]}: "
-                             "lower --lr, or use --precision float32")
+                             "lower --lr, use --precision float32, or look at your own method's loss")
         return learner
 
     def logits(self, learner: Learner, tasks: Sequence[Task]) -> Tensor:
@@ -424,7 +425,7 @@ def run_job(args: Namespace, job: Job, shot: int, dataset: str) -> tuple[Path, r
 
     def report(step: int) -> None:
         known = f", {mean_text(accuracies.values())} %" if accuracies else ""
-        progress(done + len(numbers) * step / (job.recipe.steps + 1), known)
+        progress(done + len(numbers) * step / job.recipe.steps, known)
     while done < len(todo):
         numbers = todo[done: done + batch]
         tasks = [task_of(args, job.pool, shot, n) for n in numbers]
