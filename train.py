@@ -125,7 +125,7 @@ def adapt(clip: CLIP, support: Tensor, labels: Tensor, token_ids: Tensor, method
     if isinstance(recipe, str):
         recipe = recipe_for(recipe, method, support.shape[1] // token_ids.shape[1])
     seeds = seeds or range(len(token_ids))
-    learner = start(clip, token_ids, method, recipe, seeds, rows=batch(0)[1].shape[1])
+    learner = start(clip, token_ids, method, recipe, seeds, batch(0)[1].shape[1])
     for name, first in (lora_A or {}).items():
         learner.clip.get_submodule(name).A.data.copy_(first)
     for part in learner.parts:
@@ -166,8 +166,8 @@ def train(learner: Learner, batches: Batch, report: Callable = int) -> Learner:
             optimizer.zero_grad()
         losses.append(loss.detach())
         report(number)
-    learner.losses = torch.stack(losses) if losses else torch.zeros(0)                          # (steps, E)
-    vars(learner).pop("text_and_hook", None)                             # of before, if it was asked then
+    learner.losses = torch.stack(losses) if losses else torch.zeros(0, len(learner.token_ids))    # (steps, E)
+    learner.__dict__.pop("text_and_hook", None)                          # of before, if it was asked then
     return learner.eval()
 
 def make_optimizers(learner: Learner) -> list[torch.optim.Optimizer]:
@@ -382,7 +382,7 @@ class Job:
         device = self.token_ids.device
         token_ids = self.token_ids[torch.stack([task.classes for task in tasks]).to(device)]
         batches = Batches(self.pool, tasks, seeds, self.recipe, self.clip.config, device)
-        learner = start(self.clip, token_ids, self.method, self.recipe, seeds, rows=batches.shown)
+        learner = start(self.clip, token_ids, self.method, self.recipe, seeds, batches.shown)
         if not train(learner, batches, report).losses[-1:].isfinite().all():
             raise UsageError(f"the loss is not a number in one of the episodes {[n for *_, n in seeds]}: "
                              "lower --lr, use --precision float32, or look at your own method's loss")
@@ -545,8 +545,8 @@ def fit(args: Namespace, clip: CLIP, tokenizer: Tokenizer) -> int:
     values = {"minibatch": MINI, "steps": 4 * max(Recipe.steps, shown // MINI)} if shown > AT_ONCE else {}
     recipe = recipe_for(args.recipe, method, min(5, shown // len(pool.classes)), **values | args.values)
     job = Job(clip, pool, class_rows(tokenizer, recipe.prompt, pool.classes, clip), method, recipe)
-    name = f"fitting {method} on {shown} pictures"
-    learner = job.learn([task], [("fit", args.seed)], Progress(name, recipe.steps))
+    progress = Progress(f"fitting {method} on {shown} pictures", recipe.steps)
+    learner = job.learn([task], [("fit", args.seed)], progress)
     if tested:
         both = Learner(clip, learner.token_ids, "zero-shot", recipe), learner
         before, after = (100.0 * (job.logits(one, [task])[0].argmax(-1) == task.truth) for one in both)
