@@ -342,7 +342,7 @@ def change(recipe: Recipe, values: dict[str, object]) -> Recipe:
     """The recipe with other values; a list, as JSON and flags have it, is a tuple. Raises UsageError."""
     for name, value in values.items():
         if not hasattr(recipe, name) or value not in CHOICES.get(name, [value]):
-            raise UsageError(f"{name} is not {value}, but {' '.join(CHOICES.get(name, ['see --help']))}")
+            raise UsageError(f"no recipe has {name}={value}: {' '.join(CHOICES.get(name, ['see --help']))}")
     return replace(recipe, **{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
 def settings_of(clip: CLIP, method: str, recipe: Recipe) -> dict:
