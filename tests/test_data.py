@@ -299,7 +299,7 @@ def test_what_is_half_there_is_fetched_and_a_broken_download_begins_again(tmp_pa
         assert {*os.listdir(tmp_path / "ISIC")} == {truth, pictures}
         (tmp_path / "ISIC" / pictures / "3.jpg").unlink()                 # half unpacked
         assert seen(load("isic", tmp_path)) == seen(load("isic", tmp_path)) == wanted
-        assert log[4:] == [*files], "once"
+        assert log[4:] == [*files]                                                  # once
     shutil.rmtree(tmp_path / "ISIC" / pictures)
     for name, content in files.items():                                   # of a run that was ended
         (tmp_path / "ISIC" / f".{name}").write_bytes(content)
