@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data  # noqa: E402
 import toy_world  # noqa: E402
@@ -280,7 +280,7 @@ def collect(args, source, draw, asked):
         if draw and not first or not file.exists():
             found, worlds = {}, [World(clip, seeds, *side) for side in sides]
             for name, job in jobs.items():
-                print(f"{args.dataset[0]}, from episode {first}: {name}", file=sys.stderr)
+                data.say(f"{args.dataset[0]}, seed {args.seed}, from episode {first}: {name}")
                 look = Look(job.learn(worlds[0].tasks, seeds), *worlds)
                 found[name] = {"blocks": look.blocks.tolist(), **{x: look.measure(x) for x in asked[name]}}
                 looks.setdefault(name, look)
@@ -347,26 +347,29 @@ def draw_effects(runs):
 
 
 def draw_similarities(looks):
-    """SVG: how m is distributed over the source's patches and the target's; a curve a training."""
+    """SVG: how m is distributed over the source's and the target's patches; a curve a training."""
     parts, (low, high) = [], looks["atha"].m.aminmax()
     for y, (name, colour) in enumerate(COLOURS.items()):
-        parts.append(f'<text x="340" y="{20 + 20 * y}" style="fill:{colour}">{name}</text>')
+        parts.append(f'<text x="290" y="{40 + 20 * y}" style="fill:{colour}">{name}</text>')
         for x, look in enumerate((looks[name].source, looks[name])):
-            heights = torch.histc(look.m, 60, low, high) / look.m.numel() if look else ()
-            line = " ".join(f"{10 + 400 * x + 6 * i},{230 - 1200 * h:.1f}" for i, h in enumerate(heights))
-            parts.append(f'<text x="{10 + 400 * x}" y="20">{("source", "target")[x]}</text>'
-                         f'<polyline points="{line}" fill="none" stroke="{colour}"/>')
-    return svg(800, 240, parts)
+            heights = torch.histc(look.m, 60, low, high) if look else ()
+            line = " ".join(f"{10 + 400 * x + 6 * i},{210 - 180 * h / max(heights):.1f}"
+                            for i, h in enumerate(heights))
+            parts.append(f'''<text x="{10 + 400 * x}" y="20">{("source", "target")[x]}</text>
+                <text x="{10 + 400 * x}" y="232">cosine {low:.2f}</text>
+                <text x="{364 + 400 * x}" y="232" text-anchor="end">{high:.2f}</text>
+                <polyline points="{line}" fill="none" stroke="{colour}"/>''')
+    return svg(780, 240, parts)
 
 
 def draw_patches(looks, file):
-    """PNG, a row a class: a picture; heads bright and tails dark, frozen and under ATHA; then patches, the
-    brighter the more classes mark them, frozen, tuned and under TIR."""
+    """PNG, a row a class: a picture; heads orange and tails blue, frozen and under ATHA; then patches, from
+    blue where no class marks them to orange where all do, frozen, tuned and under TIR."""
     frozen, tuned, atha, tir = map(looks.get, COLOURS)
     images, side = F.interpolate(frozen.world.images[0, ::15], 144), isqrt(frozen.m.shape[1])
-    tints = [2 * look.marks[..., :5].mean(-1) - 0.6 for look in (frozen, tuned, tir)]          # (B, L)
-    panels = [images + 2 * F.interpolate(tint[:75:15].view(5, 1, side, side), 144)
-              for tint in (frozen.ends, atha.ends, *tints)]
+    tints = [2 * look.marks[..., :5].mean(-1) - 1 for look in (frozen, tuned, tir)]            # (B, L)
+    panels = [images + F.interpolate(tint[:75:15].view(5, 1, side, side), 144)
+              * torch.linspace(2, -2, 3)[:, None, None] for tint in (frozen.ends, atha.ends, *tints)]
     save_image(torch.stack([images, *panels], 1).flatten(0, 1), file, nrow=6, normalize=True)
 
 
@@ -392,10 +395,11 @@ def main(argv=None, claims=CLAIMS):
     tables(runs, title)
     print("""
 claims.svg: accuracy minus clip-lora's on the same episodes. A bar that crosses the line decides nothing.
-similarities.svg: cosine of patches to their nearest class text, before the last block. ATHA expects few heads
-and many tails in the source, a flat target; under ATHA heads stand apart on the right, where they are pulled.
-patches.png: a picture a row; heads bright and tails dark, frozen and under ATHA; then what the classes mark,
-the brighter the more classes, frozen, tuned and under TIR: bright spots would be sinks.""")
+similarities.svg: how many patches have which cosine to their nearest class text, before the last block. If
+the paper is right, the source has few heads and many tails, and the target is flat; ATHA makes a hump, right.
+patches.png: target pictures; heads orange, tails blue, frozen and under ATHA: are heads on the object? Then
+how many classes mark a patch, from none, blue, to all, orange, frozen, tuned and under TIR: sinks would be
+orange in every picture.""")
     if ours.draw:
         ours.draw.mkdir(exist_ok=True)
         (ours.draw / "similarities.svg").write_text(draw_similarities(looks))
