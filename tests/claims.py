@@ -294,6 +294,7 @@ def collect(args, source, draw, asked):
 def summary(claims, columns):
     """What is kept of a run: accuracy minus clip-lora's, claims, and what is seen by block."""
     right = {name: torch.tensor(of["accuracy"]) for name, of in columns.items()}
+    # the first two are zero-shot and clip-lora
     return {"effects": {name: interval(x - right["clip-lora"]) for name, x in [*right.items()][2:]},
             "claims": {claim.words: judge(claim, columns) for claim in claims},
             "blocks": {name: torch.tensor(columns[name]["blocks"]).nanmean(0).tolist()
@@ -328,8 +329,8 @@ def svg(width, height, parts):
 
 def draw_effects(runs):
     """SVG: a row a method, a column a run: accuracy minus clip-lora's, its interval; faint if undecided."""
-    parts, scale = [], 80 / max(1, *(sum(map(abs, effect)) for run in runs.values()              # a point
-                                     for effect in run["effects"].values()))
+    parts, scale = [], 80 / max(1, *(sum(map(abs, effect)) for run in runs.values()
+                                     for effect in run["effects"].values()))        # pixels a point
     for x, (title, run) in enumerate(runs.items()):
         x = 280 + 190 * x
         parts.append(f'<text x="{x}" y="16" text-anchor="middle">{title}</text>'
