@@ -92,7 +92,7 @@ def test_what_is_seen_of_patches(look_at):
         part.alpha[1, 2], part.beta[1, 2], (part.beta[1, 2] < 0).float(),
         100 * part.beta[1, 2].abs() * texts.norm(dim=-1).mean() / length.mean()])
     assert look.measure("head") == look.blocks[:, 2, 1].tolist()
-    assert len(look.world.more[1].unique(dim=0)) == 7, "two classes are new"
+    assert len(look.world.more[1].unique(dim=0)) == 7                     # two classes are new
 
 
 def test_what_is_measured_of_features(look_at):
@@ -106,7 +106,7 @@ def test_what_is_measured_of_features(look_at):
     found = [of()[1] for of in (look.accuracy, look.modality_gap, look.gap_shift, look.domain)]
     close(torch.stack(found), [100 * (cos(image, text).argmax(-1) == truth).double().mean(), gap.norm(),
                                losses[20] - losses.min(), torch.stack(similar).mean()])
-    assert look.measure("pictures") == [8, 8], "twice in three of five steps"
+    assert look.measure("pictures") == [8, 8]                             # twice in three of five steps
     assert look.measure("parameters") == [2 * 4 * 3 * 16 * 256] * 2
 
 
@@ -117,9 +117,10 @@ def test_one_claim_built_to_be_false_and_one_to_be_true(monkeypatch, tmp_path):
     argv, kept = "--dataset toy --steps 2 --lr 0.1 --episodes 10 --out".split(), tmp_path / "kept.json"
     kept.write_text('{"before": {"claims": {}, "effects": {}}}')
     claims.main([*argv, str(kept)], [FALSE, TRUE])
-    runs = json.loads(kept.read_text())
-    said = runs["toy, 1-shot, seed 1"]["claims"]
-    assert said[FALSE.words] == ["undecided", 0, 0] and said[TRUE.words][0] == "holds" and "before" in runs
+    before, run = json.loads(kept.read_text()).values()
+    said = run["claims"]
+    assert said[FALSE.words] == ["undecided", 0, 0] and said[TRUE.words][0] == "holds"
+    assert [*run["effects"]] == [FALSE.more]
     monkeypatch.setattr(train, "train", pytest.fail)                      # a rerun trains nothing
     claims.main([*argv, str(kept)], [FALSE, TRUE])
 

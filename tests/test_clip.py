@@ -51,7 +51,7 @@ def check(path, name: str, tolerance: float = 1e-5) -> CLIP:
     assert len(seen) == 2 and seen[0].shape[1] == clip.visual.first_patch + 16
     for layer, tokens in seen.items():
         same(tokens, told[f"tokens_before_block.{layer}"], tolerance)
-    assert tokenizer("a").shape == (1, 12), "the backbone's own length"
+    assert tokenizer("a").shape == (1, 12)    # the backbone's own length
     return clip
 
 
@@ -202,7 +202,7 @@ def test_tokenizer_merges_by_rank_and_knows_number_signs():
     pieces = {i: piece for piece, i in tokenizer.id.items()}
     assert [pieces[i] for i in tokenizer.encode("LOW  blow_²'s")] == ["low</w>", "b", "low</w>", "_</w>", *[
         tokenizer.symbol[b] + end for b, end in zip("²".encode(), ("", "</w>"))], "'", "s</w>"]
-    assert tokenizer(["low " * 100]).argmax(-1).item() == 76, "a long text is cut, its end token kept"
+    assert tokenizer(["low " * 100]).argmax(-1).item() == 76  # a long text is cut, its end token kept
     assert tokenizer("low", 5).shape == (1, 5)
     for text in ("pêche", "Ångström", "각"):                # typed, and as a Mac's files spell it
         assert tokenizer.encode(unicodedata.normalize("NFD", text)) == tokenizer.encode(text)
@@ -458,7 +458,7 @@ def test_default_weights_come_from_the_first_that_has_them(server, own_cache, tm
     assert not archive.exists()
     server.files["/ViT-B-16.pt"] = (tmp_path / "w.pt").read_bytes()
     assert load()[0].config.image == 32 and archive.is_file(), "OpenAI's, where openai/CLIP looks for it too"
-    assert load()[0].config.image == 32 and server.asked[-1] == "/ViT-B-16.pt", "it is there"
+    assert load()[0].config.image == 32 and server.asked[-1] == "/ViT-B-16.pt"  # it is there
     archive.write_bytes(b"something else")
     save_file(OPENAI, tmp_path / "open_clip_model.safetensors")
     told = {"model_cfg": {"quick_gelu": True, "vision_cfg": {}, "text_cfg": {"heads": 1}}}
@@ -467,7 +467,7 @@ def test_default_weights_come_from_the_first_that_has_them(server, own_cache, tm
     same(load()[0].encode_image(TINY["images"]), TINY["image_features"])
     assert (hub / "open_clip_model.safetensors").is_file()
     shutil.copy(TOY_CLIP, own_cache / "ViT-B-16.safetensors")
-    assert load()[0].config.image == 48, "what an earlier version kept"
+    assert load()[0].config.image == 48    # what an earlier version kept
 
 
 # ------------------------------------------------------------------------------------------- the command line

@@ -52,7 +52,7 @@ def test_fit_on_a_real_folder(tmp_path, capsys):
     assert code == 1 and "00.png" in err
     assert "tested on 4 pictures, which tell little" in out and "±" not in out
     code, out, _ = run(capsys, "--predict", "leaf.safetensors", folder)
-    assert code == 1 and out.count("\n") == 8, "what can be read is answered"
+    assert code == 1 and out.count("\n") == 8   # what can be read is answered
 
 
 @pytest.mark.parametrize("each, steps, batch", [(10, 100, 60), (11, 400, 16)])
