@@ -731,7 +731,7 @@ def load_clip(args: Namespace, place: str = "") -> tuple[CLIP, Tokenizer]:
     dtype = getattr(torch, "float32" if args.export else args.precision)
     clip, tokenizer = clip_min.load(args.weights or place or None, args.device, dtype)
     if args.precision == "float32" and torch.cpu._is_avx512_bf16_supported():
-        data.say("this CPU multiplies bfloat16: --precision bfloat16 takes about two thirds of the time")
+        data.say("this CPU multiplies bfloat16: on it --precision bfloat16 takes two thirds of the time")
     if clip.config.vision_width < 512:     # on two quiet cores as fast as two threads, in 0.6 of the CPU time
         torch.set_num_threads(1)
     return clip, tokenizer

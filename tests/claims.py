@@ -156,9 +156,8 @@ class Look:
 
     def __init__(self, learner, world, source=None):
         self.learner, self.world, self.rows = learner, world, []
-        self.visual, self.unit = learner.clip.visual, F.normalize(world.text, dim=-1)
+        self.visual, self.unit = learner.clip.visual, F.normalize(world.text.float(), dim=-1)
         self.weigh = [block * learner.clip.config.vision_layers // 12 for block in PAPER.tir_blocks]
-        self.one = self.unit.new_ones(len(self.unit))
         self.texts = text_to_tokens(world.text, self.visual.proj)
         self.features = self.see(self.keep)
         self.gap = self.features.mean(1, True) - self.unit.mean(1, True)             # (E, 1, embed)
@@ -200,7 +199,7 @@ class Look:
         """A measurement, or one of BLOCK before block 8, as a list of the episodes'."""
         found = self.blocks[:, self.weigh[0], BLOCK.index(quantity)] if quantity in BLOCK \
             else getattr(self, quantity)()
-        return (self.one * found).tolist()
+        return (self.unit.new_ones(len(self.unit)) * found).tolist()
 
     def accuracy(self):
         """In %."""
@@ -252,8 +251,8 @@ class Look:
 
     def pictures(self):
         """Encoded in training, which is what the FLOPs go to, in multiples of a step's."""
-        steps, parts = range(self.learner.recipe.steps), self.learner.parts
-        return sum(1 + any(part.wants_plain(number) for part in parts) for number in steps)
+        return sum(1 + any(part.wants_plain(number) for part in self.learner.parts)
+                   for number in range(self.learner.recipe.steps))
 
 
 # ------------------------------------------------------------------------------------------------------ a run
@@ -369,7 +368,7 @@ def draw_patches(looks, file):
     images, side = F.interpolate(frozen.world.images[0, ::15], 144), isqrt(frozen.m.shape[1])
     tints = [2 * look.marks[..., :5].mean(-1) - 1 for look in (frozen, tuned, tir)]            # (B, L)
     panels = [images + F.interpolate(tint[:75:15].view(5, 1, side, side), 144)
-              * torch.linspace(2, -2, 3)[:, None, None] for tint in (frozen.ends, atha.ends, *tints)]
+              * images.new_tensor([2, 0, -2])[:, None, None] for tint in (frozen.ends, atha.ends, *tints)]
     save_image(torch.stack([images, *panels], 1).flatten(0, 1), file, nrow=6, normalize=True)
 
 

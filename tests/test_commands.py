@@ -94,7 +94,7 @@ def test_export_is_the_same_model_in_transformers(tmp_path, capsys, family):
     run(capsys, "--fit", folder, *FIT, "--weights", weights, "--steps", 3, "--lr", 0.01)
     assert run(capsys, "--export", "leaf.safetensors", "out/leaf")[0] == 0
     theirs = transformers.AutoModel.from_pretrained("out/leaf").eval()
-    args = train.parse(["--export", "leaf.safetensors", "x"])
+    args = train.parse(["--export", "leaf.safetensors", "x", "--device", "cpu"])
     learner, tokenizer = train.load_tuned("leaf.safetensors", args)
     picture = learner.prepare(data.decode(folder / "circle/00.png", learner.size))[None, None]
     classes = load_file("out/leaf/classes.safetensors")["embeddings"]

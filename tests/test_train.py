@@ -18,7 +18,7 @@ import train
 from atha import UsageError
 from train import RECIPES, Recipe, adapt, main, parts_of, recipe_for
 
-QUICK = ["--dataset", "toy", "--episodes", "3", "--steps", "3", "--query", "4"]
+QUICK = ["--dataset", "toy", "--episodes", "3", "--steps", "3", "--query", "4", "--precision", "float32"]
 
 
 def results_in(folder) -> dict[str, list[dict]]:
@@ -145,7 +145,7 @@ class Bias(Part):
     def __init__(self, backbone, token_ids, recipe, halves):
         super().__init__(backbone, token_ids, recipe, halves)
         shape = SHAPE
-        self.bias = nn.Parameter(torch.zeros(shape))
+        self.bias = nn.Parameter(torch.zeros(shape, device=token_ids.device))
     def groups(self):
         return [("adamw", [self.bias], 0.1)]
     def vision_hook(self, text):
